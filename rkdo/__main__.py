@@ -1,0 +1,129 @@
+"""The command line: `rkdo train` and `rkdo evaluate`."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rkdo.config import TrainConfig
+from rkdo.errors import Stopped, TrainingError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0, or what went wrong: 1 training, 2 a setting or file, 128 + signal."""
+    try:
+        _parse(list(sys.argv[1:] if arguments is None else arguments))()
+    except UserError as error:
+        return _fail(f"error: {_last_line(error)}", 2)
+    except (TrainingError, OSError) as error:
+        return _fail(f"error: {error}", 1)
+    except Stopped as stopped:
+        return _fail(str(stopped), 128 + stopped.signum)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+    return 0
+
+
+def _train(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
+    from rkdo.record import Run
+    from rkdo.report import evaluations, table
+    from rkdo.train import train
+
+    metrics = evaluations(train(config, out, resume=resume, overwrite=overwrite))
+    if _speaks():
+        print(table({"before": metrics[0], "after": metrics[-1]}))
+        print(f"curves: {Run(out).curves}")
+
+
+def _evaluate(run: Path, protocol: str, data_dir: str | None, device: str) -> None:
+    from rkdo.evaluate import evaluate_run
+    from rkdo.report import table
+
+    metrics, written = evaluate_run(run, protocol, data_dir=data_dir, device=device)
+    print(table({protocol: metrics}))
+    print(f"written: {written}")
+
+
+def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Callable[[], None]:
+    """What `arguments` ask for, ready to be called.
+
+    To resume, they are read once more on top of the settings of the run, `run_config`.
+    """
+    import tyro
+
+    def train(
+        out: Path,
+        config: tyro.conf.OmitArgPrefixes[TrainConfig] = run_config or TrainConfig(),  # noqa: B008
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> Callable[[], None]:
+        """Train an encoder, and evaluate it before and after.
+
+        Args:
+            out: Folder of the run.
+            resume: Go on with the run in OUT and its settings. Only epochs, evaluate-every,
+                checkpoint-every, workers, device, data-dir and download may be given anew.
+            overwrite: Replace the run in OUT.
+        """
+        if resume and run_config is None:
+            from rkdo.record import Run
+
+            return _parse(arguments, Run(out).read_config())
+        return lambda: _train(config, out, resume, overwrite)
+
+    def evaluate(
+        run: tyro.conf.Positional[Path],
+        protocol: Literal["standard", "paper"] = "standard",
+        data_dir: str | None = None,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+    ) -> Callable[[], None]:
+        """Evaluate the encoder of a run, and write the metrics into its folder.
+
+        Args:
+            run: Folder of the run.
+            protocol: standard: the backbone's features, learned on the training images, judged on
+                the test images. paper: the embeddings of 11 test batches alone.
+            data_dir: Where the images are. None: where they were.
+            device: Where to compute. auto: a GPU if there is one.
+        """
+        return lambda: _evaluate(run, protocol, data_dir, device)
+
+    commands: dict[str, Any] = {"train": train, "evaluate": evaluate}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.extras.subcommand_cli_from_dict(commands, prog="rkdo", args=arguments)
+    except SystemExit as exit:
+        if not exit.code:  # --help
+            raise
+        raise UserError(_unframed(complaint.getvalue())) from None
+
+
+def _unframed(complaint: str) -> str:
+    """tyro's complaint without its frame and its hints: one line."""
+    said = re.split(r"\n.? *─{4,}", complaint.partition("\n")[2])[0]
+    return " ".join(re.sub("[│╰╯─]", " ", said).split())
+
+
+def _last_line(error: Exception) -> str:
+    """An error from a worker process carries its traceback; the last line says what happened."""
+    lines = str(error).strip().splitlines() or [""]
+    return re.sub(r"^[\w.]*UserError: ", "", lines[-1])
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _fail(message: str, code: int) -> int:
+    if _speaks():
+        print(f"rkdo: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""How good an encoder's representation is, by scikit-learn's measures."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.manifold import trustworthiness
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from rkdo.config import TrainConfig
+from rkdo.data import Data, Images, evaluation_loader, load_data
+from rkdo.encoder import Encoder, build_encoder
+from rkdo.errors import UserError
+from rkdo.ranks import joined_ranks
+from rkdo.record import Run, write_json
+
+Array = NDArray[np.generic]
+
+NEIGHBOURS = 5
+TRUSTED_IMAGES = 2000  # trustworthiness compares all pairs: more images would take gigabytes
+PAPER_BATCHES = 11
+
+# What each metric is called in a table.
+LABELS = {
+    "linear_probe": "linear probe accuracy",
+    "knn": "5-NN accuracy",
+    "nmi": "k-means NMI",
+    "ari": "k-means ARI",
+    "neighbour_agreement": "label agreement of 5 neighbours",
+    "trustworthiness": "trustworthiness (5 neighbours)",
+}
+
+
+def evaluate(encoder: Encoder, data: Data, config: TrainConfig) -> dict[str, float]:
+    """The backbone's features: what is learned on the training images, judged on the test images.
+
+    Neighbours and clusters are those of unit features; trustworthiness compares the neighbours
+    among the first 2,000 test images with those of the images' pixels.
+    """
+    train, train_labels = extract(encoder.backbone, data.train, config), _labels(data.train)
+    test, test_labels = extract(encoder.backbone, data.test, config), _labels(data.test)
+    probe = _probe().fit(train, train_labels)
+    train, unit = _unit(train), _unit(test)
+    knn = KNeighborsClassifier(NEIGHBOURS).fit(train, train_labels)
+    return {
+        "linear_probe": float(probe.score(test, test_labels)),
+        "knn": float(knn.score(unit, test_labels)),
+        **clustering(unit, test_labels, data.classes, config.seed),
+        "neighbour_agreement": neighbour_agreement(unit, test_labels),
+        "trustworthiness": float(
+            trustworthiness(
+                _pixels(data.test, config, TRUSTED_IMAGES),
+                unit[:TRUSTED_IMAGES],
+                n_neighbors=NEIGHBOURS,
+            )
+        ),
+    }
+
+
+def evaluate_as_paper(encoder: Encoder, data: Data, config: TrainConfig) -> dict[str, float]:
+    """The paper's protocol: the embeddings of the first 11 test batches and nothing else.
+
+    The probe learns on 80 % of them and is scored on the other 20 %.
+    """
+    count = PAPER_BATCHES * config.batch_size
+    embeddings = extract(encoder, data.test, config, count)
+    labels = _labels(data.test)[:count]
+    seen, held_out, seen_labels, held_out_labels = train_test_split(
+        embeddings, labels, test_size=0.2, random_state=42
+    )
+    probe = LogisticRegression(max_iter=1000).fit(seen, seen_labels)
+    return {
+        "linear_probe": float(probe.score(held_out, held_out_labels)),
+        **clustering(embeddings, labels, data.classes, seed=42),
+        "neighbour_agreement": neighbour_agreement(embeddings, labels),
+    }
+
+
+PROTOCOLS: dict[str, Callable[[Encoder, Data, TrainConfig], dict[str, float]]] = {
+    "standard": evaluate,
+    "paper": evaluate_as_paper,
+}
+
+
+def evaluate_run(
+    folder: Path, protocol: str = "standard", *, data_dir: str | None = None, device: str = "auto"
+) -> tuple[dict[str, float], Path]:
+    """Evaluate a run's last checkpoint; the metrics, and the file in `folder` they are written to.
+
+    Raises:
+        UserError: the folder holds no run or no usable checkpoint, or the images are missing.
+    """
+    run = Run(folder)
+    config = run.read_config()
+    if data_dir is not None:
+        config = replace(config, data_dir=data_dir)
+    saved = run.load_checkpoint()
+    if saved is None:
+        raise UserError(f"{folder} has no checkpoint yet: let it train first")
+    with joined_ranks(device) as ranks:
+        encoder = build_encoder(config).to(ranks.device, getattr(torch, config.dtype))
+        try:
+            encoder.load_state_dict(saved["encoder"])
+            step = int(saved["step"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{run.checkpoint} does not fit {folder / 'config.json'}") from error
+        metrics = PROTOCOLS[protocol](encoder, load_data(config), config)
+    path = folder / ("evaluation.json" if protocol == "standard" else f"evaluation-{protocol}.json")
+    try:
+        write_json(path, {"step": step, "protocol": protocol, **metrics})
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    return metrics, path
+
+
+@torch.no_grad()
+def extract(
+    network: nn.Module, images: Images, config: TrainConfig, count: int | None = None
+) -> Array:
+    """`network`'s output for the first `count` images in evaluation mode, float64 [n, dim]."""
+    weight = next(network.parameters())
+    training = network.training
+    network.eval()
+    try:
+        rows: list[Tensor] = [
+            network(views.to(weight.device, weight.dtype)).double().cpu()
+            for views in evaluation_loader(images, config, count)
+        ]
+    finally:
+        network.train(training)
+    return torch.cat(rows).numpy()
+
+
+def clustering(features: Array, labels: Array, classes: int, seed: int) -> dict[str, float]:
+    """Agreement of k-means with the labels."""
+    with warnings.catch_warnings():  # fewer distinct points than clusters: a collapsed encoder
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        means = KMeans(min(classes, len(labels)), n_init=10, random_state=seed % 2**32)
+        clusters = means.fit_predict(features)
+    return {
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
+        "ari": float(adjusted_rand_score(labels, clusters)),
+    }
+
+
+def neighbour_agreement(features: Array, labels: Array) -> float:
+    """Share of an image's 5 nearest neighbours, itself aside, that have its label."""
+    nearest = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(features)
+    neighbours = nearest.kneighbors(return_distance=False)  # [n, 5], without the point itself
+    return float((labels[neighbours] == labels[:, None]).mean())
+
+
+def _probe():
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+
+
+def _pixels(images: Images, config: TrainConfig, count: int) -> Array:
+    views = [view.flatten(1) for view in evaluation_loader(images, config, count)]
+    return torch.cat(views).numpy()
+
+
+def _unit(features: Array) -> Array:
+    return F.normalize(torch.from_numpy(features), dim=1).numpy()
+
+
+def _labels(images: Images) -> Array:
+    return images.labels.numpy()

@@ -1,0 +1,45 @@
+"""What people see of a run: tables and curves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rkdo.evaluate import LABELS
+from rkdo.record import write_atomically
+
+
+def table(columns: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics as rows, `columns` by their titles."""
+    names = [name for name in LABELS if any(name in metrics for metrics in columns.values())]
+    width = max(len(LABELS[name]) for name in names)
+    lines = [" " * width + "".join(f"{title:>10}" for title in columns)]
+    for name in names:
+        values = (f"{metrics[name]:10.4f}" for metrics in columns.values())
+        lines.append(f"{LABELS[name]:<{width}}" + "".join(values))
+    return "\n".join(lines)
+
+
+def evaluations(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations among the lines of metrics.jsonl."""
+    return [line for line in metrics if "linear_probe" in line]
+
+
+def draw_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Loss by step on the left, the evaluations on the right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    steps = [line for line in metrics if "loss" in line]
+    left.plot([line["step"] for line in steps], [line["loss"] for line in steps], linewidth=0.8)
+    left.set(xlabel="step", ylabel="loss (nats)", title=title)
+    judged = evaluations(metrics)
+    for name, label in LABELS.items():
+        right.plot(
+            [line["step"] for line in judged], [line[name] for line in judged], "o-", label=label
+        )
+    right.set(xlabel="step", ylim=(0, 1.02), title="test images")
+    right.legend(fontsize="small")
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
