@@ -69,6 +69,8 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
                 checkpoint-every, workers, device, data-dir and download may be given anew.
             overwrite: Replace the run in OUT.
         """
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other")
         if resume and run_config is None:
             from rkdo.record import Run
 

@@ -24,7 +24,7 @@ from rkdo.config import TrainConfig
 from rkdo.data import Data, Images, evaluation_loader, load_data
 from rkdo.encoder import Encoder, build_encoder
 from rkdo.errors import UserError
-from rkdo.ranks import joined_ranks
+from rkdo.ranks import find_device
 from rkdo.record import Run, write_json
 
 Array = NDArray[np.generic]
@@ -110,14 +110,13 @@ def evaluate_run(
     saved = run.load_checkpoint()
     if saved is None:
         raise UserError(f"{folder} has no checkpoint yet: let it train first")
-    with joined_ranks(device) as ranks:
-        encoder = build_encoder(config).to(ranks.device, getattr(torch, config.dtype))
-        try:
-            encoder.load_state_dict(saved["encoder"])
-            step = int(saved["step"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{run.checkpoint} does not fit {folder / 'config.json'}") from error
-        metrics = PROTOCOLS[protocol](encoder, load_data(config), config)
+    encoder = build_encoder(config).to(find_device(device), getattr(torch, config.dtype))
+    try:
+        encoder.load_state_dict(saved["encoder"])
+        step = int(saved["step"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{run.checkpoint} does not fit {folder / 'config.json'}") from error
+    metrics = PROTOCOLS[protocol](encoder, load_data(config), config)
     path = folder / ("evaluation.json" if protocol == "standard" else f"evaluation-{protocol}.json")
     try:
         write_json(path, {"step": step, "protocol": protocol, **metrics})

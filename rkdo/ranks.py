@@ -58,18 +58,23 @@ class Ranks:
         return outcome[0]
 
 
-@contextmanager
-def joined_ranks(device: str) -> Iterator[Ranks]:
-    """This process's place among torchrun's, or alone; `device` is auto, cpu or cuda."""
+def find_device(device: str) -> torch.device:
+    """`device` is auto, cpu or cuda."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable GPU; pass --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+@contextmanager
+def joined_ranks(device: str) -> Iterator[Ranks]:
+    """This process's place among torchrun's, or alone; `device` is auto, cpu or cuda."""
+    here = find_device(device)
     if not dist.is_torchelastic_launched():
-        yield Ranks(0, 1, torch.device(device))
+        yield Ranks(0, 1, here)
         return
-    here = torch.device(device)
-    if device == "cuda":
+    if here.type == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
             raise UserError(
@@ -79,7 +84,8 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
         here = torch.device("cuda", local)
         torch.cuda.set_device(here)
     # The other ranks wait while rank 0 evaluates.
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=4))
+    backend = "nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=4))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), here)
     finally:

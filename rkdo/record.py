@@ -40,7 +40,7 @@ OURS = (  # in the order in which --overwrite removes them
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """`path` holds what it held or all that `write` writes, whenever the machine stops."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     with partial.open("wb") as file:
         write(file)
         file.flush()
@@ -51,6 +51,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -92,6 +96,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in OURS:
                 (self.folder / name).unlink(missing_ok=True)
+                _partial(self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.folder} cannot be written: {error.strerror}") from error
         self.write_config(config)

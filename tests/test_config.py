@@ -1,0 +1,105 @@
+"""Settings: what is accepted, what is refused, what a resumed run may change."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from rkdo.config import CHANGEABLE, TrainConfig, check_resumable
+from rkdo.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataset", "mnist"),
+        ("method", "simclr"),
+        ("stem", "none"),
+        ("kernel", "laplace"),
+        ("dtype", "float16"),
+        ("device", "tpu"),
+        ("image_size", 7),
+        ("projection", 0),
+        ("temperature", 0.0),
+        ("temperature", -0.5),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("alpha", -0.1),
+        ("alpha", 1.1),
+        ("alpha", float("nan")),
+        ("depth", 0),
+        ("depth", 2.0),
+        ("depth", True),
+        ("cooling", 1.0),
+        ("cooling", -0.1),
+        ("debias", 1.5),
+        ("epochs", -1),
+        ("epochs", 0),
+        ("steps_per_epoch", 0),
+        ("batch_size", 1),
+        ("batch_size", "64"),
+        ("lr", 0.0),
+        ("lr", float("inf")),
+        ("weight_decay", -1e-5),
+        ("seed", -1),
+        ("workers", -1),
+        ("evaluate_every", -1),
+        ("checkpoint_every", 0),
+        ("download", 1),
+    ],
+)
+def test_a_bad_value_is_named_with_what_came(name, value):
+    with pytest.raises(UserError) as caught:
+        TrainConfig(**{name: value})
+    assert str(caught.value).startswith("--" + name.replace("_", "-") + " must be ")
+    assert str(value) in str(caught.value)
+
+
+def test_the_defaults_are_the_papers():
+    config = TrainConfig()
+    assert (config.method, config.depth, config.alpha, config.cooling) == ("rkdo", 3, 0.5, 0.1)
+    assert (config.lr, config.weight_decay, config.batch_size) == (1e-3, 1e-5, 64)
+    assert (config.debias, config.projection, config.stem) == (0.2, 64, "imagenet")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "given", "size"),
+    [("digits", None, 32), ("cifar10", None, 32), ("stl10", None, 64), ("folder", 96, 96)],
+)
+def test_image_size_follows_the_dataset_unless_given(dataset, given, size):
+    assert TrainConfig(dataset=dataset, image_size=given).size == size
+
+
+def test_a_configuration_survives_json():
+    config = TrainConfig(dataset="stl10", temperature=0.2, steps_per_epoch=11, lr=1)
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())), "x") == config
+
+
+@pytest.mark.parametrize(
+    "values", [None, [], {}, {"dataset": "digits"}, {**TrainConfig().to_dict(), "more": 1}]
+)
+def test_something_elses_json_is_refused_by_name(values):
+    with pytest.raises(UserError, match=r"^config\.json is not the configuration"):
+        TrainConfig.from_dict(values, "config.json")
+
+
+OTHER = {
+    "dataset": "cifar10", "data_dir": "elsewhere", "download": True, "image_size": 48,
+    "stem": "cifar", "projection": 8, "method": "icon", "temperature": 0.3, "alpha": 0.2,
+    "depth": 2, "cooling": 0.0, "detach_target": True, "debias": 0.1, "kernel": "student",
+    "epochs": 99, "steps_per_epoch": 3, "batch_size": 32, "lr": 0.1, "weight_decay": 0.0,
+    "seed": 1, "dtype": "float64", "device": "cpu", "workers": 3, "evaluate_every": 0,
+    "checkpoint_every": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
+def test_resuming_may_change_where_and_how_long_but_not_what(name):
+    old = TrainConfig()
+    new = replace(old, **{name: OTHER[name]})
+    check_resumable(old, old)
+    if name in CHANGEABLE:
+        check_resumable(old, new)
+    else:
+        with pytest.raises(UserError, match="--" + name.replace("_", "-")):
+            check_resumable(old, new)
