@@ -1,0 +1,33 @@
+# Every target does its own set-up: a fresh machine needs python3 and make, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check format bench clean
+
+demo: $(READY)          ## train on handwritten digits, evaluate before and after
+	$(BIN)/rkdo train --out runs/demo --overwrite
+
+test: $(READY)          ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(READY)         ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)         ## speed and memory against the materialised loss, on this machine
+	$(BIN)/python -m bench
+
+$(READY): pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,21 @@
+"""Contrastive and recursive KL losses on row moments: no N × M matrix, on any machine.
+
+from rkdo_kernels import rkdo_loss
+
+loss = rkdo_loss(queries, keys)     # [N, D] unit rows, keys[i] the positive of queries[i]
+loss.backward()
+"""
+
+from .losses import icon_loss, info_nce, rkdo_loss, similarity_logsumexp, similarity_moments
+from .modules import IConLoss, InfoNCELoss, RKDOLoss
+
+__all__ = [
+    "IConLoss",
+    "InfoNCELoss",
+    "RKDOLoss",
+    "icon_loss",
+    "info_nce",
+    "rkdo_loss",
+    "similarity_logsumexp",
+    "similarity_moments",
+]

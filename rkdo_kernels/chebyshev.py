@@ -1,0 +1,107 @@
+"""Polynomial interpolation on [−1, 1], and the degree that the recursion's loss needs.
+
+Off the positive entry everything RKDO sums over a row is e_ij · f_i(u_ij) with a smooth f_i, so a
+polynomial in u turns the row into its moments:  Σ_j e_ij f(u_ij) = Σ_k a_k M_ik.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MAX_DEGREE = 12
+TOLERANCE = 12 * torch.finfo(torch.float32).eps  # default arguments need degree 4, at any depth
+
+
+def nodes(degree: int) -> Tensor:  # [degree + 1] float64
+    """The Chebyshev points of [−1, 1]."""
+    return torch.cos((torch.arange(degree + 1, dtype=torch.float64) + 0.5) * math.pi / (degree + 1))
+
+
+def monomials(degree: int) -> Tensor:  # [degree + 1, degree + 1] float64
+    """The matrix from values at `nodes` to coefficients of 1, u, u², ..:  a = values @ matrix."""
+    powers = [[1.0], [0.0, 1.0]]  # T_k in powers of u
+    for _ in range(2, degree + 1):
+        twice = [0.0, *(2 * c for c in powers[-1])]
+        powers.append([a - b for a, b in zip(twice, [*powers[-2], 0.0, 0.0], strict=True)])
+    angles = torch.acos(nodes(degree))
+    matrix = torch.zeros(degree + 1, degree + 1, dtype=torch.float64)
+    for k in range(degree + 1):
+        coefficient = torch.cos(k * angles) * ((1 if k == 0 else 2) / (degree + 1))
+        matrix[:, : k + 1] += coefficient[:, None] * torch.tensor(powers[k], dtype=torch.float64)
+    return matrix
+
+
+def interpolation_error(degree: int, alpha: float, scales: Sequence[float], bound: float) -> float:
+    """How far the degree-`degree` interpolants of RKDO's rows are off, relative to what they weigh.
+
+    With c = (c_0 + c_depth) / 2, e = exp(c S) and tilt_t = (c_t − c) b, the rows need of u = S / b the
+    normalisers' g_t(u) = exp(tilt_t u) and the loss's
+
+        f(u) = Σ_t r_t(u) (log r_t(u) − tilt_t u + log Z_t),
+        r_t = (1 − α) r_{t−1} + α exp(tilt_{t−1} u) / Z_{t−1}.
+
+    The result bounds |f̃ − f| / r_depth over u in [−1, 1], which since Σ_j e_ij r_depth(u_ij) ≤ 1 is the
+    error of a row's loss in nats; the same for g_t, where it is a normaliser's relative error; and the
+    same for the gradients' f + f'/(b c) and g_t + g_t'/(b c). Data enters f only through the ratios of
+    the Z_t = E[exp(tilt_t u)]. The maximum is taken over rows whose similarities sit at one point (9 of
+    them) or at both ends (6 proportions): the extremes, between which the Z_t move monotonically.
+    """
+    d = torch.tensor(tilts(scales, bound), dtype=torch.float64)
+    steep = bound * middle(scales)
+    u = torch.linspace(-1, 1, 65, dtype=torch.float64)
+    power = torch.arange(degree + 1, dtype=torch.float64)
+    ahead = (power + 1) / steep  # of u^k through the derivative of u^(k + 1)
+    values = u[:, None] ** power
+    slopes = values + torch.nn.functional.pad(values[:, :-1] * ahead[:-1], (1, 0))
+    x, to_coefficients = nodes(degree), monomials(degree)
+
+    at_point = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None] * d
+    share = torch.logspace(-6, -0.1, 6, dtype=torch.float64)[:, None]
+    at_ends = torch.logaddexp(share.log() + d, torch.log1p(-share) - d)
+    log_z = torch.cat([at_point, at_ends])[:, :, None]
+
+    def f(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # f, f', r_depth
+        r, slope_r, f, slope_f = torch.zeros(4, len(log_z), len(u), dtype=torch.float64)
+        for t in range(1, len(d)):
+            g = alpha * torch.exp(d[t - 1] * u - log_z[:, t - 1])
+            r, slope_r = (1 - alpha) * r + g, (1 - alpha) * slope_r + d[t - 1] * g
+            log_ratio = r.log() - d[t] * u + log_z[:, t]
+            f = f + r * log_ratio
+            slope_f = slope_f + slope_r * log_ratio + slope_r - d[t] * r
+        return f, slope_f, r
+
+    def error(at_nodes: Tensor, value: Tensor, slope: Tensor, weight: Tensor) -> float:
+        a = at_nodes @ to_coefficients
+        off = torch.maximum(
+            (a @ values.T - value).abs(), (a @ slopes.T - value - slope / steep).abs()
+        )
+        return float((off / weight).max())
+
+    g = torch.exp(d[:, None] * u)
+    worst = error(torch.exp(d[:, None] * x), g, d[:, None] * g, g)
+    return max(worst, error(f(x)[0], *f(u))) if alpha > 0 else worst
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=1024)
+def rkdo_degree(alpha: float, scales: tuple[float, ...], bound: float) -> int | None:
+    """The least degree whose `interpolation_error` is at most `TOLERANCE`; None past `MAX_DEGREE`."""
+    for degree in range(1, MAX_DEGREE + 1):
+        if interpolation_error(degree, alpha, scales, bound) <= TOLERANCE:
+            return degree
+    return None
+
+
+def middle(scales: Sequence[float]) -> float:
+    """The scale of the moments' weight: halfway, so that the tilts are as small as they can be."""
+    return (scales[0] + scales[-1]) / 2
+
+
+def tilts(scales: Sequence[float], bound: float) -> list[float]:
+    """(c_t − c) b: how much steeper than the moments' weight each softmax is."""
+    return [(c - middle(scales)) * bound for c in scales]

@@ -1,0 +1,140 @@
+"""Argument errors: the argument's name, what came, what was wanted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SLACK = 1.01  # rows may pass the bound by what rounding to bfloat16 adds
+
+
+def embeddings(queries: Tensor, keys: Tensor) -> None:
+    for name, x in (("queries", queries), ("keys", keys)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+        if x.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} must be float32, bfloat16, float16 or float64, got {dtype_name(x)}"
+            )
+        if x.dim() != 2:
+            raise ValueError(f"{name} must be [rows, dim], got shape {list(x.shape)}")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(f"{name} must not be empty, got shape {list(x.shape)}")
+    if keys.device != queries.device:
+        raise ValueError(f"keys are on {keys.device}, queries on {queries.device}: want one device")
+    if keys.dtype != queries.dtype:
+        raise TypeError(
+            f"keys are {dtype_name(keys)}, queries {dtype_name(queries)}: want one dtype"
+        )
+    if keys.shape[1] != queries.shape[1]:
+        raise ValueError(
+            f"keys {list(keys.shape)} must have the dim of queries {list(queries.shape)}"
+        )
+
+
+def pairing(queries: Tensor, keys: Tensor, positive_offset: int | None) -> int:
+    """The offset from a query's row to its positive's, checked against the shapes."""
+    n, m = queries.shape[0], keys.shape[0]
+    if positive_offset is None:
+        if n != m:
+            raise ValueError(
+                f"keys {list(keys.shape)} must match queries {list(queries.shape)}; "
+                "more keys need positive_offset"
+            )
+        return 0
+    integer("positive_offset", positive_offset, at_least=0)
+    if positive_offset + n > m:
+        raise ValueError(
+            f"positive_offset must leave {n} positives among {m} keys, got {positive_offset}"
+        )
+    return positive_offset
+
+
+def temperature(value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise TypeError(
+                "temperature must be a number or a floating tensor of one element, got "
+                f"{dtype_name(value)} {list(value.shape)}"
+            )
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # reading it would wait for the device: a bad one gives NaN
+        value = float(value.detach())
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value) and math.isfinite(1 / value)):
+        raise ValueError(f"temperature must be positive and finite, got {value}")
+
+
+def number(
+    name: str, value: Any, at_least: float, at_most: float = math.inf, below: float = math.inf
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (at_least <= value <= at_most and value < below):
+        end = f"{below})" if below < math.inf else f"{at_most}]"
+        raise ValueError(f"{name} must be in [{at_least}, {end}, got {value}")
+
+
+def integer(name: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        wanted = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{name} must be one of {wanted}, got {value!r}")
+
+
+def bound(value: float | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"bound must be a number or None, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value) and math.isfinite(1 / value)):
+        raise ValueError(f"bound must be positive and finite, or None, got {value}")
+
+
+def within_bound(queries: Tensor, keys: Tensor, bound: float) -> Tensor | None:
+    """Holds every |S_ij| to `bound`, in O((N + M) D), by the rows' lengths.
+
+    On a CPU a row that is too long raises; elsewhere, where reading would wait for the device, the
+    result is [N] factors for the loss: 1, or NaN for a row that may pass the bound.
+    """
+    queries_norm = torch.linalg.vector_norm(queries.detach(), dim=1, dtype=wide(queries))
+    keys_norm = torch.linalg.vector_norm(keys.detach(), dim=1, dtype=wide(keys))
+    product = queries_norm * keys_norm.amax()
+    if queries.device.type == "cpu" and not torch.compiler.is_compiling():
+        # An infinite key times a zero query is NaN, and NaN must pass here to poison its row only.
+        if bool((product > SLACK * bound).any()):
+            row = int(torch.nan_to_num(product, nan=0).argmax())
+            raise ValueError(
+                f"queries[{row}] has length {float(queries_norm[row]):.4g} and the longest of keys "
+                f"{float(keys_norm.amax()):.4g}: their product must not pass bound={bound:g}. "
+                "Normalise the rows, or give a larger bound or bound=None"
+            )
+        return None
+    return torch.where(product > SLACK * bound, float("nan"), 1.0)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dtype_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

@@ -1,0 +1,245 @@
+"""The public losses: row sums in, loss out, and nothing of size N × M anywhere.
+
+To add an objective: write it on materialised matrices in reference.py, then here from
+`similarity_moments`, `similarity_logsumexp` or the operators behind them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import checks, launch, ops, reference, rows
+from .problem import Problem, row_dot
+
+Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "triton", "tiled", "reference"]
+Kernel = Literal["gaussian", "student"]
+REDUCTIONS, BACKENDS, KERNELS = get_args(Reduction), get_args(Backend), get_args(Kernel)
+
+
+def rkdo_loss(
+    queries: Tensor,  # [N, D] unit rows: first views
+    keys: Tensor,  # [M, D] unit rows: second views, keys[i + positive_offset] is i's positive
+    *,
+    temperature: float | Tensor = 0.5,
+    alpha: float = 0.5,
+    depth: int = 3,
+    cooling: float = 0.1,
+    detach_target: bool = False,
+    bound: float | None = 1.0,
+    positive_offset: int | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:  # [] or [N], float32 (float64 for float64 inputs), nats
+    """Recursive KL divergence over a batch (Martin 2025, eqs. 1-4).
+
+        p_0 = I,  p_t = (1 − α) p_{t−1} + α q_{t−1},  loss_i = Σ_{t=1..depth} KL(p_t(·|i) ‖ q_t(·|i))
+        q_t = softmax(S / τ_t),  S = queries keysᵀ,  τ_t = τ (1 − cooling · t / depth)
+
+    The gradient flows through p unless `detach_target`. A tensor temperature is learnable. The dot
+    product is taken as it is; `bound` ≥ ‖query‖ · ‖key‖ for every pair, or None if there is none.
+    `positive_offset` is for more keys than queries: a queue (0), or other ranks' keys.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, temperature ≤ 0, alpha outside [0, 1],
+            depth < 1, cooling outside [0, 1), an unknown reduction or backend, and on a CPU rows
+            that pass the bound; on a GPU those give a NaN loss.
+        TypeError: a tensor that is not dense float32, bfloat16, float16 or float64.
+        RuntimeError: backend="triton" where Triton cannot run.
+    """
+    checks.number("alpha", alpha, 0, at_most=1)
+    checks.integer("depth", depth, at_least=1)
+    checks.number("cooling", cooling, 0, below=1)
+    checks.flag("detach_target", detach_target)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    problem = Problem(queries, keys, temperature, bound, positive_offset, backend)
+    if problem.backend == "reference":
+        losses = reference.rkdo_loss(
+            problem.queries, problem.keys, temperature=problem.temperature, alpha=alpha, depth=depth,
+            cooling=cooling, detach_target=detach_target, positive_offset=problem.offset,
+        )  # fmt: skip
+        return problem.reduce(losses, reduction)
+    if isinstance(temperature, Tensor):
+        scales = None
+    else:
+        scales = [1 / (temperature * (1 - cooling * t / depth)) for t in range(depth + 1)]
+    degree = launch.rkdo_degree(scales, alpha, bound, problem.queries.dtype)
+    if scales is None or degree is None:
+        losses = rows.rkdo_direct(problem, alpha, depth, cooling, detach_target)
+    else:
+        losses = rows.rkdo_from_moments(problem, degree, scales, alpha, detach_target)
+    return problem.reduce(losses, reduction)
+
+
+def icon_loss(
+    queries: Tensor,  # [N, D] unit rows
+    keys: Tensor,  # [M, D] unit rows
+    *,
+    temperature: float | Tensor = 0.5,
+    debias: float = 0.2,
+    kernel: Kernel = "gaussian",
+    bound: float | None = 1.0,
+    positive_offset: int | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:  # [] or [N], float32 (float64 for float64 inputs), nats
+    """I-Con with a debiased one-hot target (Alshammari et al. 2025).
+
+        loss_i = KL(p(·|i) ‖ q(·|i)),  p = (1 − δ) I + δ / M,  δ = `debias`
+
+    q is the softmax of S / τ ("gaussian": on unit rows that is a Gaussian in the distance) or of
+    −log(1 + ‖query − key‖²) / τ ("student": Student's t). Other arguments as in `rkdo_loss`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `rkdo_loss`; debias outside [0, 1]; unknown kernel.
+    """
+    checks.number("debias", debias, 0, at_most=1)
+    checks.choice("kernel", kernel, KERNELS)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    problem = Problem(queries, keys, temperature, bound, positive_offset, backend)
+    if problem.backend == "reference":
+        losses = reference.icon_loss(
+            problem.queries, problem.keys, temperature=problem.temperature, debias=debias,
+            kernel=kernel, positive_offset=problem.offset,
+        )  # fmt: skip
+        return problem.reduce(losses, reduction)
+    scale = problem.inverse_temperature()
+    if kernel == "student":
+        log_z, total = rows.student_logsumexp(problem)
+        positive = -torch.log1p(problem.positive_distances())
+    else:
+        positive = problem.positive_similarities()
+        others = rows.logsumexp(problem, exclude=[problem.offset])
+        log_z = torch.logaddexp(others, scale * positive)
+        key_sum = problem.keys.sum(0, dtype=scale.dtype).to(ops.product_dtype(keys))
+        total = row_dot(problem.queries, key_sum[None])
+    m = problem.keys.shape[0]
+    share = torch.full_like(scale, debias / m)
+    entropy = torch.special.entr(1 - debias + share) + (m - 1) * torch.special.entr(share)
+    surplus = scale * share * (m * positive - total)  # of the positive's logit over p's average
+    return problem.reduce(log_z - scale * positive + surplus - entropy, reduction)
+
+
+def info_nce(
+    queries: Tensor,  # [N, D] unit rows
+    keys: Tensor,  # [M, D] unit rows
+    *,
+    temperature: float | Tensor = 0.1,
+    exclude_self: bool = False,
+    bound: float | None = 1.0,
+    positive_offset: int | None = None,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:  # [] or [N], float32 (float64 for float64 inputs), nats
+    """InfoNCE (van den Oord et al. 2018):  loss_i = −log softmax(S / τ)_{i, i + positive_offset}.
+
+    CLIP is the mean over both directions. MoCo passes cat(keys, queue) and positive_offset=0. NT-Xent
+    is info_nce(z1, cat(z1, z2)) and info_nce(z2, cat(z2, z1)) with `exclude_self`, which leaves key i
+    out of row i, and positive_offset=N. Other arguments as in `rkdo_loss`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `rkdo_loss`; exclude_self without another positive.
+    """
+    checks.flag("exclude_self", exclude_self)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    problem = Problem(queries, keys, temperature, bound, positive_offset, backend)
+    if exclude_self and problem.offset == 0:
+        raise ValueError("exclude_self leaves out the positives too: positive_offset must not be 0")
+    if problem.backend == "reference":
+        losses = reference.info_nce(
+            problem.queries, problem.keys, temperature=problem.temperature,
+            exclude_self=exclude_self, positive_offset=problem.offset,
+        )  # fmt: skip
+        return problem.reduce(losses, reduction)
+    others = rows.logsumexp(
+        problem, exclude=[problem.offset, 0] if exclude_self else [problem.offset]
+    )
+    positive = problem.inverse_temperature() * problem.positive_similarities()
+    return problem.reduce(torch.logaddexp(others - positive, torch.zeros_like(positive)), reduction)
+
+
+def similarity_moments(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    *,
+    temperature: float | Tensor,
+    degree: int,
+    bound: float = 1.0,
+    exclude_self: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:  # [N, degree + 1], float32 (float64 for float64 inputs)
+    """The row moments of the similarity softmax, differentiable in queries, keys and temperature.
+
+        M_ik = Σ_j exp((S_ij − b) / τ) (S_ij / b)^k,  S = queries keysᵀ,  b = `bound` ≥ max |S|
+
+    A loss that needs Σ_j exp(S_ij / τ) f(S_ij / b) with a smooth f is Σ_k a_k M_ik, a_k being f's
+    polynomial coefficients. `exclude_self` leaves key i out of row i.
+
+    Raises:
+        ValueError: as `rkdo_loss`; a temperature so small that exp(−2b/τ) is no normal number
+            (2b/τ > 80, or 1400 in float64): `similarity_logsumexp` takes any.
+        TypeError, RuntimeError: as `rkdo_loss`.
+    """
+    checks.integer("degree", degree, at_least=0)
+    checks.flag("exclude_self", exclude_self)
+    if bound is None:
+        raise ValueError("bound must be a number for moments, got None")
+    problem = Problem(queries, keys, temperature, bound, 0, backend, paired=False)
+    queries, keys, temperature = problem.queries, problem.keys, problem.temperature
+    if not isinstance(temperature, Tensor) and not launch.fixed_shift_is_safe(
+        temperature, bound, queries.dtype
+    ):
+        raise ValueError(
+            f"temperature must be large enough for bound={bound:g} that exp(-2 bound / temperature) "
+            f"is a normal number, got {temperature}"
+        )
+    if problem.backend == "reference":
+        result = reference.similarity_moments(
+            queries, keys, temperature=temperature, degree=degree, bound=bound,
+            exclude_self=exclude_self,
+        )  # fmt: skip
+        return problem.reduce(result, "none")
+    scale = problem.inverse_temperature()
+    exclude = [0] if exclude_self else []
+    learnable = isinstance(temperature, Tensor)
+    m = ops.moments(
+        queries, keys, scale.detach(), bound, degree + learnable, exclude, problem.backend
+    )
+    if learnable:  # ∂M_k/∂c_0 = b M_{k+1}
+        safe = scale.detach() <= launch.exponent_range(queries.dtype) / (2 * bound)
+        m = m[:, :-1] + bound * m[:, 1:].detach() * (scale - scale.detach())
+        m = m * torch.where(safe, 1.0, float("nan"))
+    return problem.reduce(m * torch.exp(-bound * scale), "none")
+
+
+def similarity_logsumexp(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    *,
+    temperature: float | Tensor,
+    bound: float | None = 1.0,
+    exclude_self: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:  # [N], float32 (float64 for float64 inputs)
+    """log Σ_j exp(S_ij / τ), differentiable in queries, keys and temperature, at any temperature.
+
+    All that InfoNCE, NT-Xent, CLIP, SupCon and MoCo need of the N × M matrix: their positives' term
+    is a row-wise dot product. `exclude_self` leaves key i out of row i; a row without keys gives −∞.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `rkdo_loss`.
+    """
+    checks.flag("exclude_self", exclude_self)
+    problem = Problem(queries, keys, temperature, bound, 0, backend, paired=False)
+    if problem.backend == "reference":
+        losses = reference.similarity_logsumexp(
+            problem.queries,
+            problem.keys,
+            temperature=problem.temperature,
+            exclude_self=exclude_self,
+        )
+        return problem.reduce(losses, "none")
+    return problem.reduce(rows.logsumexp(problem, exclude=[0] if exclude_self else []), "none")

@@ -1,0 +1,287 @@
+"""The operators: shapes for the compiler, gradients, autocast, and dispatch to kernels or tiles.
+
+Row results are float64 (float32 on MPS, which has no float64): they are [N, few], and their digits
+decide the accuracy of everything computed from them. Scales are tensors, so that nothing has to read a
+learnable one; no operator has a gradient for them, and losses.py adds it from the operators' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from . import tiled
+
+
+def row_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def implementation(backend: str) -> ModuleType:
+    if backend == "triton":
+        from . import kernels
+
+        return kernels
+    return tiled
+
+
+# ---- row moments ---------------------------------------------------------------------------------
+
+
+@custom_op("rkdo_kernels::moments", mutates_args=())
+def moments(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # [], c_0
+    bound: float,
+    degree: int,
+    exclude: Sequence[int],
+    backend: str,
+) -> Tensor:  # [N, degree + 1]
+    """M_ik = Σ_j exp(c_0 S_ij) (S_ij / b)^k, but for the diagonals in `exclude`."""
+    rows = implementation(backend).moments(queries, keys, scale, bound, degree, list(exclude))
+    return rows.to(row_dtype(queries))
+
+
+@custom_op("rkdo_kernels::moments_backward", mutates_args=())
+def moments_backward(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bound: float,
+    weights: Tensor,  # [N, degree + 1]
+    exclude: Sequence[int],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Through ∂L/∂S_ij = exp(c_0 S_ij) Σ_k weights_ik (S_ij / b)^k."""
+    weights = weights.to(product_dtype(queries))
+    return implementation(backend).moments_backward(
+        queries, keys, scale, bound, weights, list(exclude)
+    )
+
+
+@moments.register_fake
+def _(queries, keys, scale, bound, degree, exclude, backend):
+    return queries.new_empty(queries.shape[0], degree + 1, dtype=row_dtype(queries))
+
+
+@moments_backward.register_fake
+def _(queries, keys, scale, bound, weights, exclude, backend):
+    return like_inputs(queries, keys)
+
+
+def _moments_setup(ctx, inputs, output):
+    queries, keys, scale, ctx.bound, ctx.degree, ctx.exclude, ctx.backend = inputs
+    ctx.save_for_backward(queries, keys, scale)
+
+
+def _moments_gradient(ctx, d_moments):
+    """∂L/∂S = e (c_0 h + h'/b) with h(u) = Σ_k ∂L/∂M_k u^k: coefficients of one polynomial."""
+    queries, keys, scale = ctx.saved_tensors
+    weights = scale * d_moments
+    if ctx.degree:
+        k = torch.arange(1, ctx.degree + 1, dtype=weights.dtype, device=weights.device)
+        slope = torch.nn.functional.pad(d_moments[:, 1:] * (k / ctx.bound), (0, 1))
+        weights = weights + slope
+    d_queries, d_keys = moments_backward(
+        queries, keys, scale, ctx.bound, weights, ctx.exclude, ctx.backend
+    )
+    return d_queries, d_keys, None, None, None, None, None
+
+
+moments.register_autograd(_moments_gradient, setup_context=_moments_setup)
+
+
+# ---- softmax sums --------------------------------------------------------------------------------
+
+
+@custom_op("rkdo_kernels::softmax_sums", mutates_args=())
+def softmax_sums(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scales: Tensor,  # [T], c_t
+    student: bool,
+    exclude: Sequence[int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N], [N, T], [N, T], [N]
+    """peak = max_j x, mass_t = Σ_j exp(c_t (x − peak)), slope_t = ∂mass_t/∂c_t, total = Σ_j x.
+
+    x = S, or −log(1 + ‖zq − zk‖²) for `student`. Gradients flow through mass and total: peak is a
+    shift, on which c_t peak + log mass_t does not depend.
+    """
+    sums = implementation(backend).softmax_sums(queries, keys, scales, student, list(exclude))
+    peak, mass, slope, total = (x.to(row_dtype(queries)) for x in sums)
+    return peak, mass, slope, total
+
+
+@custom_op("rkdo_kernels::softmax_sums_backward", mutates_args=())
+def softmax_sums_backward(
+    queries: Tensor,
+    keys: Tensor,
+    scales: Tensor,
+    student: bool,
+    exclude: Sequence[int],
+    peak: Tensor,  # [N]
+    weights: Tensor,  # [N, T], ∂L/∂mass
+    total_weight: Tensor,  # [N], ∂L/∂total
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Through ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i."""
+    rows = (x.to(product_dtype(queries)) for x in (peak, weights, total_weight))
+    return implementation(backend).softmax_sums_backward(
+        queries, keys, scales, student, list(exclude), *rows
+    )
+
+
+@softmax_sums.register_fake
+def _(queries, keys, scales, student, exclude, backend):
+    n, t = queries.shape[0], scales.shape[0]
+    new = queries.new_empty
+    dtype = row_dtype(queries)
+    return new(n, dtype=dtype), new(n, t, dtype=dtype), new(n, t, dtype=dtype), new(n, dtype=dtype)
+
+
+@softmax_sums_backward.register_fake
+def _(queries, keys, scales, student, exclude, peak, weights, total_weight, backend):
+    return like_inputs(queries, keys)
+
+
+def _softmax_sums_setup(ctx, inputs, output):
+    queries, keys, scales, ctx.student, ctx.exclude, ctx.backend = inputs
+    ctx.save_for_backward(queries, keys, scales, output[0])
+
+
+def _softmax_sums_gradient(ctx, d_peak, d_mass, d_slope, d_total):
+    queries, keys, scales, peak = ctx.saved_tensors
+    d_queries, d_keys = softmax_sums_backward(
+        queries, keys, scales, ctx.student, ctx.exclude, peak, d_mass, d_total, ctx.backend
+    )
+    return d_queries, d_keys, None, None, None, None
+
+
+softmax_sums.register_autograd(_softmax_sums_gradient, setup_context=_softmax_sums_setup)
+
+
+# ---- the recursion, directly ---------------------------------------------------------------------
+
+
+@custom_op("rkdo_kernels::recursion", mutates_args=())
+def recursion(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scales: Tensor,  # [T], c_t for t = 0..depth
+    alpha: float,
+    positive_offset: int,
+    detach_target: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Σ_t KL(p_t ‖ q_t) by row, [N], and ∂loss/∂c_t, [N, T]; then what the gradient needs.
+
+    The kernels sum over the keys that are not the positive; its exact share is added here, and the
+    gradient there, ∂loss_i/∂S_ij = Σ_{t>0} c_t (q_t − p_t) + Σ_{t<depth} c_t q_t (α b_{t+1} − pull_t),
+    is computed here. Returns loss, ∂loss/∂c_t, peak, log mass, pull, and that gradient, [N].
+    """
+    run, dtype = implementation(backend), row_dtype(queries)
+    sums = run.softmax_sums(queries, keys, scales, False, [positive_offset])
+    peak, mass, slope, _ = (x.to(dtype) for x in sums)
+    c, depth = scales.to(dtype), scales.shape[0] - 1
+    positives = keys.narrow(0, positive_offset, queries.shape[0])
+    s = (queries.to(product_dtype(queries)) * positives).sum(1, dtype=dtype)
+    risen = torch.maximum(peak, s.to(product_dtype(queries)).to(dtype))
+    shrink = torch.exp((peak - risen)[:, None] * c)
+    slope = shrink * (slope + (peak - risen)[:, None] * mass)  # now from the risen peak
+    mass, peak, x = shrink * mass, risen, (s - risen)[:, None]
+    lift = torch.exp(c * x)
+    log_mass = torch.log(mass + lift)
+    loss, pull, tilt = run.recursion(
+        queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass
+    )
+
+    others = mass.log() - c * x  # of the odds against the positive
+    log_q = -torch.logaddexp(others, torch.zeros_like(others))
+    q = log_q.exp()
+    t = torch.arange(depth, dtype=dtype, device=queries.device)
+    age = t[:, None] - t
+    mix = alpha * (1 - alpha) ** age.clamp_min(0) * (age >= 0)
+    p = (1 - alpha) ** (t + 1) + q[:, :-1] @ mix.T
+    w = p.clamp_min(torch.finfo(dtype).tiny).log() - log_q[:, 1:]
+    b = torch.zeros_like(w) if detach_target else w @ mix
+    through = q[:, :-1] * b
+    loss = loss + (p * w).sum(1)
+    pull = pull + through
+    at_positive = (q[:, 1:] - p) @ c[1:] + (through - q[:, :-1] * pull) @ c[:-1]
+
+    # The scales act through log q = c S − log Z: by S where p and q differ, less the row's mean.
+    mean = (slope + x * lift) / log_mass.exp()  # of S − peak under q_t
+    tilt = tilt.to(dtype)
+    tilt[:, 1:] += mean[:, 1:] - p * x
+    tilt[:, :-1] += through * x - pull * mean[:, :-1]
+    return loss, tilt, peak, log_mass, pull, at_positive
+
+
+@custom_op("rkdo_kernels::recursion_backward", mutates_args=())
+def recursion_backward(
+    queries: Tensor,
+    keys: Tensor,
+    scales: Tensor,
+    alpha: float,
+    positive_offset: int,
+    detach_target: bool,
+    peak: Tensor,  # [N]
+    log_mass: Tensor,  # [N, T]
+    pull: Tensor,  # [N, depth]
+    at_positive: Tensor,  # [N]
+    weights: Tensor,  # [N], ∂L/∂loss
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rows = (x.to(product_dtype(queries)) for x in (pull, weights, at_positive))
+    return implementation(backend).recursion_backward(
+        queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass, *rows
+    )
+
+
+@recursion.register_fake
+def _(queries, keys, scales, alpha, positive_offset, detach_target, backend):
+    n, t = queries.shape[0], scales.shape[0]
+    rows = queries.new_empty(n, dtype=row_dtype(queries))
+    table, pull = rows.new_empty(n, t), rows.new_empty(n, t - 1)
+    return rows, table, rows.clone(), table.clone(), pull, rows.clone()
+
+
+@recursion_backward.register_fake
+def _(queries, keys, *args):
+    return like_inputs(queries, keys)
+
+
+def _recursion_setup(ctx, inputs, output):
+    queries, keys, scales, ctx.alpha, ctx.positive_offset, ctx.detach_target, ctx.backend = inputs
+    ctx.save_for_backward(queries, keys, scales, *output[2:])
+
+
+def _recursion_gradient(ctx, d_loss, *_):
+    queries, keys, scales, *rows = ctx.saved_tensors
+    d_queries, d_keys = recursion_backward(
+        queries, keys, scales, ctx.alpha, ctx.positive_offset, ctx.detach_target, *rows, d_loss,
+        ctx.backend,
+    )  # fmt: skip
+    return d_queries, d_keys, None, None, None, None, None
+
+
+recursion.register_autograd(_recursion_gradient, setup_context=_recursion_setup)
+
+
+def like_inputs(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+
+
+for operator in (moments, softmax_sums, recursion):
+    for device_type in ("cpu", "cuda"):
+        operator.register_autocast(device_type, torch.float32)

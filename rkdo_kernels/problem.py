@@ -1,0 +1,78 @@
+"""The arguments that every loss takes: checked, and what the losses need of them row by row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, launch, ops
+
+
+class Problem:
+    """Raises for bad arguments; afterwards `queries`, `keys`, `offset` and `backend` are settled."""
+
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        temperature: float | Tensor,
+        bound: float | None,
+        positive_offset: int | None,
+        backend: str,
+        paired: bool = True,
+    ) -> None:
+        checks.choice("backend", backend, ("auto", "triton", "tiled", "reference"))
+        checks.temperature(temperature)
+        checks.bound(bound)
+        self.queries, self.keys = out_of_autocast(queries, keys)
+        checks.embeddings(self.queries, self.keys)
+        self.offset = checks.pairing(queries, keys, positive_offset) if paired else 0
+        self.backend = launch.backend_for(backend, self.queries)
+        self.validity = (
+            None if bound is None else checks.within_bound(self.queries, self.keys, bound)
+        )
+        self.bound = bound
+        self.temperature = temperature
+        if isinstance(temperature, Tensor):
+            valid = (temperature > 0) & torch.isfinite(temperature)
+            self.temperature = torch.where(valid, temperature, float("nan")).reshape(())
+            if temperature.device != self.queries.device:
+                self.temperature = self.temperature.to(self.queries.device)
+
+    def inverse_temperature(self) -> Tensor:  # [], 1 / τ
+        """On the device, without a copy from the host to wait for."""
+        dtype = ops.row_dtype(self.queries)
+        if isinstance(self.temperature, Tensor):
+            return 1 / self.temperature.to(dtype)
+        return torch.full((), 1 / self.temperature, dtype=dtype, device=self.queries.device)
+
+    def positive_similarities(self) -> Tensor:  # [N]
+        return row_dot(self.queries, self.positives())
+
+    def positive_distances(self) -> Tensor:  # [N], ‖query − key‖²
+        difference = self.queries.to(ops.product_dtype(self.queries)) - self.positives()
+        return difference.square().sum(1, dtype=ops.row_dtype(self.queries))
+
+    def positives(self) -> Tensor:  # [N, D]
+        return self.keys.narrow(0, self.offset, self.queries.shape[0])
+
+    def reduce(self, rows: Tensor, reduction: str) -> Tensor:
+        if self.validity is not None:
+            rows = rows * self.validity.reshape(-1, *[1] * (rows.dim() - 1))
+        if reduction != "none":
+            rows = rows.mean() if reduction == "mean" else rows.sum()
+        return rows.to(ops.product_dtype(self.queries))
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:  # [N, D], [N or 1, D] -> [N]
+    return (a.to(ops.product_dtype(a)) * b).sum(1, dtype=ops.row_dtype(a))
+
+
+def out_of_autocast(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast the losses run in float32, as PyTorch's own do."""
+    if not isinstance(queries, Tensor) or not isinstance(keys, Tensor):
+        return queries, keys
+    if torch.is_autocast_enabled(queries.device.type):
+        half = (torch.bfloat16, torch.float16)
+        queries, keys = (x.float() if x.dtype in half else x for x in (queries, keys))
+    return queries, keys

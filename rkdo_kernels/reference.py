@@ -1,0 +1,122 @@
+"""The objectives in plain PyTorch, on materialised [N, M] matrices, in any dtype.
+
+This is the mathematics to read and the truth to test against; nothing here saves time or memory.
+Every function returns one loss a row, [N], in nats; row i's positive is key i + `positive_offset`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rkdo_loss(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    *,
+    temperature: float | Tensor = 0.5,
+    alpha: float = 0.5,
+    depth: int = 3,
+    cooling: float = 0.1,
+    detach_target: bool = False,
+    positive_offset: int = 0,
+) -> Tensor:  # [N]
+    """Recursive KL divergence over a batch (Martin 2025, eqs. 1-4).
+
+    p_0 = I,  p_t = (1 − α) p_{t−1} + α q_{t−1},  loss_i = Σ_{t=1..depth} KL(p_t(·|i) ‖ q_t(·|i))
+    q_t = softmax(S / τ_t),  τ_t = τ (1 − cooling · t / depth)
+    """
+    similarity = queries @ keys.T
+    log_q = [
+        torch.log_softmax(similarity / (temperature * (1 - cooling * t / depth)), dim=1)
+        for t in range(depth + 1)
+    ]
+    p = torch.zeros_like(similarity)
+    p.diagonal(positive_offset).fill_(1)
+    loss = similarity.new_zeros(len(queries))
+    for t in range(1, depth + 1):
+        p = (1 - alpha) * p + alpha * log_q[t - 1].exp()
+        target = p.detach() if detach_target else p
+        loss = loss + kl_divergence(target, log_q[t])
+    return loss
+
+
+def icon_loss(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    *,
+    temperature: float | Tensor = 0.5,
+    debias: float = 0.2,
+    kernel: str = "gaussian",
+    positive_offset: int = 0,
+) -> Tensor:  # [N]
+    """I-Con: KL(p ‖ q) with the debiased one-hot target p = (1 − δ) I + δ / M.
+
+    q = softmax of S / τ ("gaussian"), or of −log(1 + ‖zq_i − zk_j‖²) / τ ("student").
+    """
+    logits = queries @ keys.T
+    if kernel == "student":
+        squares = queries.square().sum(1)[:, None] + keys.square().sum(1)
+        logits = -torch.log1p(squares - 2 * logits)
+    p = torch.full_like(logits, debias / len(keys))
+    p.diagonal(positive_offset).add_(1 - debias)
+    return kl_divergence(p, torch.log_softmax(logits / temperature, dim=1))
+
+
+def info_nce(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    *,
+    temperature: float | Tensor = 0.1,
+    exclude_self: bool = False,
+    positive_offset: int = 0,
+) -> Tensor:  # [N]
+    """InfoNCE: −log softmax(S / τ) at the positive; `exclude_self` leaves key i out of row i."""
+    logits = queries @ keys.T / temperature
+    if exclude_self:
+        logits = logits.masked_fill(diagonal_mask(logits, 0), float("-inf"))
+    return -torch.log_softmax(logits, dim=1).diagonal(positive_offset)[: len(queries)]
+
+
+def similarity_logsumexp(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    *,
+    temperature: float | Tensor,
+    exclude_self: bool = False,
+) -> Tensor:  # [N]
+    """log Σ_j exp(S_ij / τ); −∞ for a row whose every key is left out."""
+    logits = queries @ keys.T / temperature
+    if exclude_self:
+        logits = logits.masked_fill(diagonal_mask(logits, 0), float("-inf"))
+    return torch.logsumexp(logits, dim=1)
+
+
+def similarity_moments(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    *,
+    temperature: float | Tensor,
+    degree: int,
+    bound: float = 1.0,
+    exclude_self: bool = False,
+) -> Tensor:  # [N, degree + 1]
+    """M_ik = Σ_j exp((S_ij − b) / τ) (S_ij / b)^k, b = `bound`."""
+    similarity = queries @ keys.T
+    weight = torch.exp((similarity - bound) / temperature)
+    if exclude_self:
+        weight = weight.masked_fill(diagonal_mask(weight, 0), 0)
+    return torch.stack([(weight * (similarity / bound) ** k).sum(1) for k in range(degree + 1)], 1)
+
+
+def kl_divergence(p: Tensor, log_q: Tensor) -> Tensor:
+    """Row-wise KL(p ‖ q) of [N, M] distributions, with 0 · log 0 = 0 in value and gradient."""
+    log_p = torch.where(p > 0, p, 1).log()
+    return torch.where(p > 0, p * (log_p - log_q), 0).sum(1)
+
+
+def diagonal_mask(like: Tensor, offset: int) -> Tensor:
+    """[N, M] booleans: True where column − row = offset."""
+    return torch.zeros_like(like, dtype=torch.bool).diagonal_scatter(
+        torch.ones(like.diagonal(offset).shape, dtype=torch.bool, device=like.device), offset
+    )

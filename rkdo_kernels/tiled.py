@@ -1,0 +1,337 @@
+"""The kernels' mathematics by blocks of rows and columns in PyTorch: CPU, MPS, anything without Triton.
+
+One block of similarities exists at a time, in buffers that all blocks share. Products and sums run in
+float32 (float64 for float64 inputs). `exclude` lists diagonals: key i + offset is left out of row i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = 3 << 20  # of a tile's buffers together: they stay in the cores' caches
+TILE_COLS = 1 << 13
+TILE_ROWS = 128  # up to which one tile may hold all of S
+
+
+def moments(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # [], c_0
+    bound: float,
+    degree: int,
+    exclude: list[int],
+) -> Tensor:  # [N, degree + 1]
+    """Σ_j exp(c_0 S_ij) (S_ij / b)^k."""
+    queries, keys = compute(queries), compute(keys)
+    result = queries.new_zeros(degree + 1, len(queries))
+    for tile in tiles(queries, keys, buffers=2):
+        u, e = tile.similarity(), tile.buffers[1]
+        torch.mul(u, scale, out=e).exp_()
+        tile.fill(e, exclude, 0)
+        if bound != 1:
+            u.mul_(1 / bound)
+        result[0, tile.rows] += e.sum(1)
+        for k in range(1, degree + 1):
+            result[k, tile.rows] += e.mul_(u).sum(1)
+    return result.T.contiguous()
+
+
+def moments_backward(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: Tensor,  # []
+    bound: float,
+    weights: Tensor,  # [N, degree + 1]
+    exclude: list[int],
+) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
+    """The gradients through S of  ∂L/∂S_ij = exp(c_0 S_ij) Σ_k weights_ik (S_ij / b)^k."""
+    gradients = Gradients(queries, keys)
+    for tile in tiles(gradients.queries, gradients.keys, buffers=3):
+        u, e, g = tile.similarity(), *tile.buffers[1:]
+        torch.mul(u, scale, out=e).exp_()
+        tile.fill(e, exclude, 0)
+        if bound != 1:
+            u.mul_(1 / bound)
+        w = weights[tile.rows].T[:, :, None].unbind()
+        if len(w) == 1:
+            torch.mul(e, w[0], out=g)
+        else:
+            torch.addcmul(w[-2], w[-1], u, out=g)
+            for w_k in w[-3::-1]:
+                torch.addcmul(w_k, g, u, out=g)
+            g.mul_(e)
+        gradients.add(tile, g)
+    return gradients.result()
+
+
+def softmax_sums(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scales: Tensor,  # [T], c_t
+    student: bool,
+    exclude: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N], [N, T], [N, T], [N]
+    """Row sums of the logits x_ij = S_ij or, if `student`, −log(1 + ‖zq_i − zk_j‖²).
+
+        peak_i = max_j x_ij                  mass_it = Σ_j exp(c_t (x_ij − peak_i))
+        total_i = Σ_j x_ij                   slope_it = Σ_j (x_ij − peak_i) exp(c_t (x_ij − peak_i))
+
+    A row without keys has mass 0 and the lowest finite peak.
+    """
+    queries, keys = compute(queries), compute(keys)
+    scales = scales.to(queries.dtype)
+    lowest = torch.finfo(queries.dtype).min / 4
+    peak = queries.new_full((len(queries), 1), lowest)
+    mass = queries.new_zeros(len(queries), len(scales))
+    slope, total = torch.zeros_like(mass), torch.zeros_like(peak)
+    for tile in tiles(queries, keys, buffers=3 if student else 2):
+        x, e, rows = tile.similarity(), tile.buffers[1], tile.rows
+        if student:
+            x = student_distance(tile, x).log_().neg_()
+        tile.fill(x, exclude, 0)
+        total[rows] += x.sum(1, keepdim=True)
+        tile.fill(x, exclude, lowest)
+        risen = torch.maximum(peak[rows], x.amax(1, keepdim=True))
+        fall = peak[rows] - risen
+        shrink = torch.exp(fall * scales)
+        slope[rows] = shrink * (slope[rows] + fall * mass[rows])
+        mass[rows] *= shrink
+        peak[rows] = risen
+        x.sub_(risen)
+        for t, c in enumerate(scales):
+            torch.mul(x, c, out=e).exp_()
+            tile.fill(e, exclude, 0)
+            mass[rows, t] += e.sum(1)
+            slope[rows, t] += e.mul_(x).sum(1)
+    return peak[:, 0], mass, slope, total[:, 0]
+
+
+def softmax_sums_backward(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scales: Tensor,  # [T]
+    student: bool,
+    exclude: list[int],
+    peak: Tensor,  # [N]
+    weights: Tensor,  # [N, T], ∂L/∂mass
+    total_weight: Tensor,  # [N], ∂L/∂total
+) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
+    """The gradients through  ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i."""
+    gradients = Gradients(queries, keys)
+    scales = scales.to(gradients.queries.dtype)
+    row_sum = gradients.queries.new_zeros(len(queries), 1)
+    col_sum = gradients.keys.new_zeros(len(keys), 1)
+    steep = weights * scales
+    for tile in tiles(gradients.queries, gradients.keys, buffers=4):
+        x, rows = tile.similarity(), tile.rows
+        _, e, g, distance = tile.buffers
+        if student:
+            distance = student_distance(tile, x)
+            torch.log(distance, out=x).neg_()
+        x.sub_(peak[rows, None])
+        g.copy_(total_weight[rows, None].expand_as(g))
+        for t, c in enumerate(scales):
+            torch.mul(x, c, out=e).exp_()
+            g.addcmul_(e, steep[rows, t : t + 1])
+        tile.fill(g, exclude, 0)
+        if student:  # through v = 1 + ‖zq‖² + ‖zk‖² − 2 S and x = −log v
+            g.div_(distance).mul_(2)
+            row_sum[rows] += g.sum(1, keepdim=True)
+            col_sum[tile.cols] += g.sum(0)[:, None]
+        gradients.add(tile, g)
+    if student:
+        gradients.d_queries.addcmul_(gradients.queries, row_sum, value=-1)
+        gradients.d_keys.addcmul_(gradients.keys, col_sum, value=-1)
+    return gradients.result()
+
+
+def recursion(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scales: Tensor,  # [T], c_t for t = 0..depth
+    alpha: float,
+    positive_offset: int,
+    detach_target: bool,
+    peak: Tensor,  # [N]
+    log_mass: Tensor,  # [N, T], of exp(c_t (S − peak)) over the whole row
+) -> tuple[Tensor, Tensor, Tensor]:  # [N], [N, depth], [N, T]
+    """The sums of RKDO over the keys that are not the positive; see `Recursion` for b.
+
+    loss_i = Σ_t Σ_j p_t log(p_t / q_t),   pull_it = α Σ_j q_t b_{t+1},
+    slope_it = Σ_j (S_ij − peak_i) (α q_t b_{t+1} [t < depth] − p_t [t > 0])
+    """
+    queries, keys = compute(queries), compute(keys)
+    depth = len(scales) - 1
+    loss = queries.new_zeros(len(queries))
+    pull = queries.new_zeros(len(queries), depth)
+    slope = queries.new_zeros(len(queries), depth + 1)
+    for tile in tiles(queries, keys, buffers=Recursion.buffers(depth)):
+        state = Recursion(tile, scales, alpha, positive_offset, peak, log_mass)
+        state.add_sums(loss, pull, slope, detach_target)
+    return loss, pull, slope
+
+
+def recursion_backward(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scales: Tensor,  # [T]
+    alpha: float,
+    positive_offset: int,
+    detach_target: bool,
+    peak: Tensor,  # [N]
+    log_mass: Tensor,  # [N, T]
+    pull: Tensor,  # [N, depth], over the whole row
+    weights: Tensor,  # [N], ∂L/∂loss
+    at_positive: Tensor,  # [N], ∂loss_i/∂S_ij at the positive
+) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
+    gradients = Gradients(queries, keys)
+    depth = len(scales) - 1
+    for tile in tiles(gradients.queries, gradients.keys, buffers=Recursion.buffers(depth)):
+        state = Recursion(tile, scales, alpha, positive_offset, peak, log_mass)
+        g = state.gradient(pull, at_positive, detach_target)
+        gradients.add(tile, g.mul_(weights[tile.rows, None]))
+    return gradients.result()
+
+
+class Recursion:
+    """p_t and q_t of one tile, off the positives, as multiples of q_0, all t at once.
+
+        E_t = q_t / q_0 = exp((c_t − c_0) (S − peak) − (log_mass_t − log_mass_0))
+        r_t = p_t / q_0 = Σ_{s<t} mix_ts E_s,  mix_ts = α (1 − α)^(t−1−s)
+        w_t = log p_t − log q_t = log r_t − log E_t
+
+    The logarithms are of numbers near 1, and log E_t is linear in S: more digits than log p_t and
+    log q_t have. What p_t does to the loss is w_t + 1 plus what it does through p_{t+1}; the 1 may be
+    left out since Σ_j p_t = 1, and b_t = w_t + (1 − α) b_{t+1} is left: α b_{t+1} = Σ_v mix_vt w_v.
+    """
+
+    def __init__(
+        self,
+        tile: Tile,
+        scales: Tensor,
+        alpha: float,
+        positive_offset: int,
+        peak: Tensor,
+        log_mass: Tensor,
+    ) -> None:
+        depth, rows = len(scales) - 1, tile.rows
+        self.tile, self.positive = tile, [positive_offset]
+        self.x, self.q_0, self.term = tile.buffers[:3]
+        stacks = tile.memory[3:].split([depth + 1, depth + 1, depth, depth, depth])
+        self.e, log_e, self.r, self.w, self.b = stacks
+        dtype = self.x.dtype
+        self.scales = scales.to(dtype)
+        steeper = (scales - scales[0]).to(dtype)[:, None, None]
+        lighter = (log_mass[rows] - log_mass[rows, :1]).T.to(dtype)[:, :, None]
+        t = torch.arange(depth, device=scales.device)
+        age = t[:, None] - t
+        self.mix = (alpha * (1 - alpha) ** age.clamp_min(0) * (age >= 0)).to(dtype)
+
+        x = tile.similarity().sub_(peak[rows, None])
+        tile.fill(x, self.positive, 0)
+        torch.mul(x, self.scales[0], out=self.q_0).sub_(log_mass[rows, :1]).exp_()
+        tile.fill(self.q_0, self.positive, 0)
+        torch.mul(x, steeper, out=log_e).sub_(lighter)
+        torch.exp(log_e, out=self.e)
+        self.contract(self.mix, self.e[:-1], out=self.r).clamp_min_(torch.finfo(dtype).tiny)
+        torch.log(self.r, out=self.w).sub_(log_e[1:])
+        self.contract(self.mix.T, self.w, out=self.b)
+
+    @staticmethod
+    def buffers(depth: int) -> int:
+        return 5 * depth + 5
+
+    @staticmethod
+    def contract(matrix: Tensor, stack: Tensor, *, out: Tensor) -> Tensor:
+        torch.mm(matrix, stack.flatten(1), out=out.flatten(1))
+        return out
+
+    def add_sums(self, loss: Tensor, pull: Tensor, slope: Tensor, detach_target: bool) -> None:
+        rows = self.tile.rows
+        loss[rows] += torch.sum(self.w.mul_(self.r), 0, out=self.term).mul_(self.q_0).sum(1)
+        weighted = torch.mul(self.r, self.q_0, out=self.w)
+        slope[rows, 1:] -= weighted.mul_(self.x).sum(2).T
+        if not detach_target:
+            weighted = torch.mul(self.b, self.e[:-1], out=self.w).mul_(self.q_0)
+            pull[rows] += weighted.sum(2).T
+            slope[rows, :-1] += weighted.mul_(self.x).sum(2).T
+
+    def gradient(self, pull: Tensor, at_positive: Tensor, detach_target: bool) -> Tensor:
+        """∂loss_i/∂S_ij = Σ_{t>0} c_t (q_t − p_t) + Σ_{t<depth} c_t q_t (α b_{t+1} − pull_t)."""
+        g, rows = self.term, self.tile.rows
+        change = torch.sub(self.e[1:], self.r, out=self.w)
+        torch.mv(change.flatten(1).T, self.scales[1:], out=g.view(-1))
+        if not detach_target:
+            through = self.b.sub_(pull[rows].T[:, :, None]).mul_(self.e[:-1])
+            g.view(-1).addmv_(through.flatten(1).T, self.scales[:-1])
+        g.mul_(self.q_0)
+        self.tile.diagonal(g, self.positive[0]).copy_(
+            self.tile.diagonal(at_positive[rows, None].expand_as(g), self.positive[0])
+        )
+        return g
+
+
+def student_distance(tile: Tile, s: Tensor) -> Tensor:
+    """1 + ‖zq_i − zk_j‖², in the tile's last buffer."""
+    squares = torch.mul(s, -2, out=tile.buffers[-1])
+    squares += tile.queries.square().sum(1, keepdim=True)
+    squares += tile.keys.square().sum(1)
+    return squares.clamp_min_(0).add_(1)
+
+
+class Tile:
+    """A block of rows and a block of columns of S, with buffers of their shape."""
+
+    def __init__(self, queries: Tensor, keys: Tensor, rows: slice, cols: slice, memory: Tensor):
+        self.queries, self.keys = queries[rows], keys[cols]
+        self.rows, self.cols = rows, cols
+        n, m = len(self.queries), len(self.keys)
+        self.memory = memory[:, : n * m].view(len(memory), n, m)
+        self.buffers = self.memory.unbind()
+
+    def similarity(self) -> Tensor:
+        return torch.mm(self.queries, self.keys.T, out=self.buffers[0])
+
+    def fill(self, matrix: Tensor, diagonals: list[int], value: float) -> None:
+        for offset in diagonals:
+            self.diagonal(matrix, offset).fill_(value)
+
+    def diagonal(self, matrix: Tensor, offset: int) -> Tensor:
+        """The entries whose column is their row + offset."""
+        return matrix.diagonal(offset + self.rows.start - self.cols.start)
+
+
+def tiles(queries: Tensor, keys: Tensor, buffers: int) -> Iterator[Tile]:
+    n, m = len(queries), len(keys)
+    n_cols = min(m, TILE_COLS)
+    n_rows = max(1, TILE_BYTES // (buffers * n_cols * queries.element_size()))
+    n_rows = min(n_rows, n if n <= TILE_ROWS else (n + 1) // 2)
+    memory = queries.new_empty(buffers, n_rows * n_cols)
+    for row in range(0, n, n_rows):
+        for col in range(0, m, n_cols):
+            rows, cols = slice(row, min(row + n_rows, n)), slice(col, min(col + n_cols, m))
+            yield Tile(queries, keys, rows, cols, memory)
+
+
+class Gradients:
+    """∂L/∂queries and ∂L/∂keys, added up from tiles of ∂L/∂S."""
+
+    def __init__(self, queries: Tensor, keys: Tensor) -> None:
+        self.dtype = queries.dtype
+        self.queries, self.keys = compute(queries), compute(keys)
+        self.d_queries = torch.zeros_like(self.queries, memory_format=torch.contiguous_format)
+        self.d_keys = torch.zeros_like(self.keys, memory_format=torch.contiguous_format)
+
+    def add(self, tile: Tile, g: Tensor) -> None:
+        self.d_queries[tile.rows].addmm_(g, tile.keys)
+        self.d_keys[tile.cols].addmm_(g.T, tile.queries)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        return self.d_queries.to(self.dtype), self.d_keys.to(self.dtype)
+
+
+def compute(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
