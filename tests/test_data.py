@@ -1,6 +1,7 @@
 """Loaders on small archives in the real formats; order and augmentations as functions of a seed."""
 
 import hashlib
+import itertools
 import pickle
 
 import numpy as np
@@ -23,6 +24,10 @@ from rkdo.data import (
     training_loader,
 )
 from rkdo.errors import UserError
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
 
 
 def md5(path):
@@ -105,7 +110,7 @@ def test_cifar10_is_read_as_it_was_written(cifar10):
     data = load_data(TrainConfig(dataset="cifar10", data_dir=str(root)))
     written = np.concatenate([images[f"data_batch_{i}"] for i in range(1, 6)])
     assert np.array_equal(data.train.images.numpy(), written)
-    assert data.train.labels.tolist() == sum((labels[f"data_batch_{i}"] for i in range(1, 6)), [])
+    assert data.train.labels.tolist() == joined(labels[f"data_batch_{i}"] for i in range(1, 6))
     assert np.array_equal(data.test.images.numpy(), images["test_batch"])
     assert data.test.labels.tolist() == labels["test_batch"]
 
@@ -294,10 +299,10 @@ def test_an_epoch_sees_every_image_once_and_drops_the_incomplete_batch():
     batches = list(Batches(n_images=23, batch_size=5, steps_per_epoch=4, epochs=2, seed=3))
     assert [len(batch) for batch in batches] == [5] * 8
     for epoch in (0, 1):
-        keys = sum(batches[4 * epoch : 4 * epoch + 4], [])
+        keys = joined(batches[4 * epoch : 4 * epoch + 4])
         assert {key[0] for key in keys} == {epoch}
         assert len({key[1] for key in keys}) == 20
-    orders = [[key[1] for key in sum(batches[4 * e : 4 * e + 4], [])] for e in (0, 1)]
+    orders = [[key[1] for key in joined(batches[4 * e : 4 * e + 4])] for e in (0, 1)]
     assert orders[0] != orders[1]
     assert orders[0] != sorted(orders[0])
 
@@ -307,7 +312,7 @@ def test_the_ranks_slices_in_turn_are_the_batch_of_one(n_ranks):
     settings = {"n_images": 40, "batch_size": 6, "steps_per_epoch": 4, "epochs": 2, "seed": 3}
     whole = list(Batches(**settings))
     slices = [list(Batches(**settings, rank=r, n_ranks=n_ranks)) for r in range(n_ranks)]
-    assert [sum(parts, []) for parts in zip(*slices, strict=True)] == whole
+    assert [joined(parts) for parts in zip(*slices, strict=True)] == whole
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 7, 8])

@@ -1,0 +1,93 @@
+"""The command line: what is refused, in one line and without a trace on the disk."""
+
+import json
+
+import pytest
+
+from rkdo.__main__ import main
+from rkdo.config import TrainConfig
+from rkdo.record import Run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("", "train, evaluate"),
+        ("tune", "train"),
+        ("train", "--out"),
+        ("train --out OUT --dataset mnist", "--dataset"),
+        ("train --out OUT --batch-size many", "--batch-size"),
+        ("train --out OUT --batch-size 1", "--batch-size must be at least 2, got 1"),
+        ("train --out OUT --temperature 0", "--temperature must be above 0, got 0.0"),
+        ("train --out OUT --epochs -3", "--epochs must be at least 1, got -3"),
+        ("train --out OUT --batch-size 5000", "at most the 1437 training images, got 5000"),
+        ("train --out OUT --steps-per-epoch 23", "--steps-per-epoch must be at most 22"),
+        ("train --out OUT --colour red", "--colour"),
+        ("train --out OUT --resume", "OUT holds no run"),
+        ("train --out OUT --resume --overwrite", "exclude each other"),
+        ("train --out FILE", "must be a folder, FILE is a file"),
+        ("train --out FILE/run", "FILE/run cannot be written: Not a directory"),
+        ("train --out OUT --dataset cifar10 --data-dir HERE", "HERE holds no intact cifar10"),
+        ("train --out OUT --dataset folder --data-dir HERE", "no HERE/train"),
+        ("evaluate", "PATH"),
+        ("evaluate OUT", "OUT holds no run"),
+        ("evaluate OUT --protocol mine", "--protocol"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, said, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    places = {"OUT": tmp_path / "out", "FILE": file, "HERE": tmp_path}
+    for name, path in places.items():
+        arguments, said = arguments.replace(name, str(path)), said.replace(name, str(path))
+    assert main([*arguments.split(), *(["--device", "cpu"] if "--out" in arguments else [])]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rkdo: error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert file.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_of_something_else_is_not_written_into(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert main(["train", "--out", str(tmp_path)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resuming_takes_the_settings_of_the_run(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run")
+    run.create(TrainConfig(method="icon", epochs=3, download=True))
+    calls = []
+
+    def train(config, out, **how):
+        calls.append((config, out, how))
+        return [{"linear_probe": 0.1}]
+
+    monkeypatch.setattr("rkdo.train.train", train)
+    assert main(["train", "--out", str(run.folder), "--resume", "--epochs", "9"]) == 0
+    config = TrainConfig(method="icon", epochs=9, download=True)
+    assert calls == [(config, run.folder, {"resume": True, "overwrite": False})]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"config": {}}', json.dumps({"config": {"dataset": "digits"}})]
+)
+def test_a_config_that_is_not_one_is_one_line(content, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    assert main(["train", "--out", str(tmp_path), "--resume"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert str(tmp_path / "config.json") in err
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for name in TrainConfig().to_dict():
+        assert "--" + name.replace("_", "-") in text
+    assert "--steps-per-epoch 11" in text  # the paper's protocol
