@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,3 +76,99 @@ def triton_status() -> str:
     except ImportError:
         return "missing"
     return "interpreted" if triton.knobs.runtime.interpret else "compiled"
+
+
+# ---- launches of the Triton kernels --------------------------------------------------------------
+
+WIDTHS = {4: 64, 2: 128}  # columns of an operand held at once, by bytes an element
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+# By kernel, bytes an element, and whether the embedding is wider than WIDTHS. Chosen from what the
+# kernels compile to for sm_90 (python -m bench static): the largest tiles without spills.
+CONFIGS = {
+    ("moments_fwd", 2, False): Config(128, 128, 8, 3),
+    ("moments_fwd", 2, True): Config(128, 64, 8, 2),
+    ("moments_fwd", 4, False): Config(128, 64, 8, 2),
+    ("moments_fwd", 4, True): Config(64, 64, 8, 2),
+    ("moments_bwd", 2, False): Config(128, 64, 8, 3),
+    ("moments_bwd", 2, True): Config(64, 64, 8, 2),
+    ("moments_bwd", 4, False): Config(64, 64, 8, 2),
+    ("moments_bwd", 4, True): Config(64, 32, 8, 1),
+    ("softmax_sums", 2, False): Config(128, 64, 8, 3),
+    ("softmax_sums", 2, True): Config(64, 64, 8, 2),
+    ("softmax_sums", 4, False): Config(64, 64, 8, 2),
+    ("softmax_sums", 4, True): Config(64, 32, 8, 2),
+    ("softmax_sums_bwd", 2, False): Config(64, 64, 8, 2),
+    ("softmax_sums_bwd", 2, True): Config(64, 32, 8, 2),
+    ("softmax_sums_bwd", 4, False): Config(64, 32, 8, 2),
+    ("softmax_sums_bwd", 4, True): Config(32, 32, 8, 1),
+    ("recursion", 2, False): Config(64, 32, 8, 2),
+    ("recursion", 2, True): Config(32, 32, 8, 2),
+    ("recursion", 4, False): Config(64, 32, 8, 2),
+    ("recursion", 4, True): Config(32, 32, 8, 2),
+    ("recursion_bwd", 2, False): Config(64, 32, 8, 2),
+    ("recursion_bwd", 2, True): Config(32, 32, 4, 1),
+    ("recursion_bwd", 4, False): Config(32, 32, 8, 2),
+    ("recursion_bwd", 4, True): Config(16, 32, 4, 1),
+}
+INTERPRETED = Config(64, 64, 1, 1)
+
+
+def config(kernel: str, own: Tensor) -> Config:
+    return INTERPRETED if triton_status() == "interpreted" else launch_config(kernel, own)
+
+
+def launch_config(kernel: str, own: Tensor) -> Config:
+    size = own.element_size()
+    return CONFIGS[kernel, size, own.shape[1] > WIDTHS[size]]
+
+
+def dims(x: Tensor) -> dict[str, Any]:
+    interpreted = triton_status() == "interpreted"
+    constants = dims_for(x, nvidia=torch.version.hip is None and not interpreted)
+    return constants | {"UPCAST": interpreted and x.dtype == torch.bfloat16}
+
+
+def dims_for(x: Tensor, nvidia: bool) -> dict[str, Any]:
+    """How the embedding dimension is cut, and the precision of its products.
+
+    tf32x3 keeps float32's digits on NVIDIA's tensor cores; AMD and the interpreter have ieee.
+    """
+    dim = x.shape[1]
+    width = min(max(16, 1 << (dim - 1).bit_length()), WIDTHS[x.element_size()])
+    return {
+        "WIDTH": width,
+        "CHUNKS": -(-dim // width),
+        "FULL": dim % width == 0,
+        "PRECISION": "tf32x3" if nvidia else "ieee",
+        "UPCAST": False,
+    }
+
+
+def gradient_precision(x: Tensor) -> str:
+    """float16 operands are exact in tf32, whose range the gradient of S needs; see `into`."""
+    if torch.version.hip is not None or triton_status() == "interpreted":
+        return "ieee"
+    return "tf32" if x.dtype == torch.float16 else "tf32x3"
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def excluded(diagonals: list[int], by_queries: bool = True) -> tuple[int, int]:
+    """Two diagonals for a kernel, seen from the keys if not `by_queries`; unused ones are 0."""
+    a, b = (*diagonals, 0, 0)[:2]
+    return (a, b) if by_queries else (-a, -b)

@@ -67,7 +67,7 @@ def rkdo_loss(
     else:
         scales = [1 / (temperature * (1 - cooling * t / depth)) for t in range(depth + 1)]
     degree = launch.rkdo_degree(scales, alpha, bound, problem.queries.dtype)
-    if scales is None or degree is None:
+    if scales is None or degree is None or problem.is_small():
         losses = rows.rkdo_direct(problem, alpha, depth, cooling, detach_target)
     else:
         losses = rows.rkdo_from_moments(problem, degree, scales, alpha, detach_target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, launch, ops
+from . import checks, launch, ops, small
 
 
 class Problem:
@@ -38,6 +38,12 @@ class Problem:
             self.temperature = torch.where(valid, temperature, float("nan")).reshape(())
             if temperature.device != self.queries.device:
                 self.temperature = self.temperature.to(self.queries.device)
+
+    def is_small(self) -> bool:
+        """Whether fewer operators count for more than less memory."""
+        entries = self.queries.shape[0] * self.keys.shape[0]
+        on_cpu = self.queries.device.type == "cpu"
+        return on_cpu and self.backend == "tiled" and entries <= small.MAX_ENTRIES
 
     def inverse_temperature(self) -> Tensor:  # [], 1 / τ
         """On the device, without a copy from the host to wait for."""

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import chebyshev, launch, ops
+from . import chebyshev, launch, ops, small
 from .problem import Problem
 
 
@@ -71,11 +71,15 @@ def rkdo_direct(
     scale = problem.inverse_temperature()
     step = torch.arange(depth + 1, dtype=scale.dtype, device=scale.device)
     scales = scale / (1 - cooling / depth * step)
-    loss, d_scales, *_ = ops.recursion(
+    learnable = isinstance(problem.temperature, Tensor)
+    arguments = (
         problem.queries, problem.keys, scales.detach(), alpha, problem.offset, detach_target,
-        problem.backend,
     )  # fmt: skip
-    if isinstance(problem.temperature, Tensor):
+    if problem.is_small():
+        loss, d_scales = small.Recursion.apply(*arguments, learnable)
+    else:
+        loss, d_scales, *_ = ops.recursion(*arguments, problem.backend)
+    if learnable:
         loss = loss + d_scales.detach() @ (scales - scales.detach())
     return loss
 

@@ -1,0 +1,1 @@
+"""Fused against naive: measurements, and what the compiler made of the kernels."""
