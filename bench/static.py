@@ -2,8 +2,8 @@
 
     python -m bench static
 
-One row a kernel, dtype, embedding dimension and target, with the launch tables' own tiles: registers,
-bytes of spills, shared memory, and whether that fits the target.
+One row a kernel, dtype, embedding dimension and target, with the launch tables' own tiles:
+registers, bytes of spills, shared memory, and whether that fits the target.
 """
 
 from __future__ import annotations

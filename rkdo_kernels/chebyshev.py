@@ -39,17 +39,17 @@ def monomials(degree: int) -> Tensor:  # [degree + 1, degree + 1] float64
 def interpolation_error(degree: int, alpha: float, scales: Sequence[float], bound: float) -> float:
     """How far the degree-`degree` interpolants of RKDO's rows are off, relative to what they weigh.
 
-    With c = (c_0 + c_depth) / 2, e = exp(c S) and tilt_t = (c_t − c) b, the rows need of u = S / b the
-    normalisers' g_t(u) = exp(tilt_t u) and the loss's
+    With c = (c_0 + c_depth) / 2, e = exp(c S) and tilt_t = (c_t − c) b, the rows need of u = S / b
+    the normalisers' g_t(u) = exp(tilt_t u) and the loss's
 
         f(u) = Σ_t r_t(u) (log r_t(u) − tilt_t u + log Z_t),
         r_t = (1 − α) r_{t−1} + α exp(tilt_{t−1} u) / Z_{t−1}.
 
-    The result bounds |f̃ − f| / r_depth over u in [−1, 1], which since Σ_j e_ij r_depth(u_ij) ≤ 1 is the
-    error of a row's loss in nats; the same for g_t, where it is a normaliser's relative error; and the
-    same for the gradients' f + f'/(b c) and g_t + g_t'/(b c). Data enters f only through the ratios of
-    the Z_t = E[exp(tilt_t u)]. The maximum is taken over rows whose similarities sit at one point (9 of
-    them) or at both ends (6 proportions): the extremes, between which the Z_t move monotonically.
+    The result bounds |f̃ − f| / r_depth over u in [−1, 1], which since Σ_j e_ij r_depth(u_ij) ≤ 1 is
+    the error of a row's loss in nats; the same for g_t, where it is a normaliser's relative error;
+    and the same for the gradients' f + f'/(b c) and g_t + g_t'/(b c). Data enters f only through
+    the ratios of the Z_t = E[exp(tilt_t u)]. The maximum is taken over rows whose similarities sit
+    at one point (9 of them) or at both ends (6 proportions): the extremes of what rows can be.
     """
     d = torch.tensor(tilts(scales, bound), dtype=torch.float64)
     steep = bound * middle(scales)
@@ -90,7 +90,7 @@ def interpolation_error(degree: int, alpha: float, scales: Sequence[float], boun
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=1024)
 def rkdo_degree(alpha: float, scales: tuple[float, ...], bound: float) -> int | None:
-    """The least degree whose `interpolation_error` is at most `TOLERANCE`; None past `MAX_DEGREE`."""
+    """The least degree whose `interpolation_error` is within `TOLERANCE`; None past the limit."""
     for degree in range(1, MAX_DEGREE + 1):
         if interpolation_error(degree, alpha, scales, bound) <= TOLERANCE:
             return degree

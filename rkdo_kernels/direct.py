@@ -1,4 +1,4 @@
-"""Kernels of the direct path: softmax sums with a running maximum, and the recursion written out."""
+"""Kernels of the direct path: softmax sums with a running maximum, and the recursion itself."""
 
 from __future__ import annotations
 
@@ -462,7 +462,7 @@ def recursion_backward(
 
 
 def row_tables(scales: Tensor, peak: Tensor, log_mass: Tensor) -> tuple[Tensor, ...]:
-    """scales, c_t − c_0, peak, log mass_0, log mass_t − log mass_0: fp32, subtracted before rounding."""
+    """c_t, c_t − c_0, peak, log mass_0, log mass_t − log mass_0: subtracted before rounding."""
     tables = (scales, scales - scales[0], peak, log_mass[:, 0], log_mass - log_mass[:, :1])
     return tuple(x.float().contiguous() for x in tables)
 

@@ -27,7 +27,7 @@ def gather_keys(
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather; backward, a rank's keys receive the sum of what every rank's loss says of them."""
+    """all_gather; backward, a rank's keys receive the sum of all ranks' gradients for them."""
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, group: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where a call runs: the backend by device, the path by temperature and bound, the launch tables."""
+"""Where a call runs: the backend by device, the path by temperature and bound, launch tables."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def rkdo_degree(
 ) -> int | None:
     """The degree of the row moments that RKDO runs on, or None for the direct path.
 
-    `scales` are the 1/τ_t, None for a learnable temperature. Moments need a fixed shift and a degree
-    K ≤ 12 whose interpolation error, found on the host by `chebyshev.interpolation_error` from these
-    arguments alone, is at most 12 ε of float32, 1.4e-6: of a row's loss in nats, of a normaliser
-    relatively, and of their gradients. It is of the order of (δ/4)^(K+1) / (K+1)! with
+    `scales` are the 1/τ_t, None for a learnable temperature. Moments need a fixed shift and a
+    degree K ≤ 12 whose interpolation error, found on the host by `chebyshev.interpolation_error`
+    from these arguments alone, is at most 12 ε of float32, 1.4e-6: of a row's loss in nats, of a
+    normaliser relatively, and of their gradients. It is of the order of (δ/4)^(K+1) / (K+1)! with
     δ = (c_depth − c_0) b. float64 inputs want 16 digits: direct path.
     """
     if scales is None or bound is None or dtype == torch.float64:

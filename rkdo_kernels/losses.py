@@ -36,7 +36,8 @@ def rkdo_loss(
 ) -> Tensor:  # [] or [N], float32 (float64 for float64 inputs), nats
     """Recursive KL divergence over a batch (Martin 2025, eqs. 1-4).
 
-        p_0 = I,  p_t = (1 − α) p_{t−1} + α q_{t−1},  loss_i = Σ_{t=1..depth} KL(p_t(·|i) ‖ q_t(·|i))
+        p_0 = I,  p_t = (1 − α) p_{t−1} + α q_{t−1}
+        loss_i = Σ_{t=1..depth} KL(p_t(·|i) ‖ q_t(·|i))
         q_t = softmax(S / τ_t),  S = queries keysᵀ,  τ_t = τ (1 − cooling · t / depth)
 
     The gradient flows through p unless `detach_target`. A tensor temperature is learnable. The dot
@@ -58,8 +59,9 @@ def rkdo_loss(
     problem = Problem(queries, keys, temperature, bound, positive_offset, backend)
     if problem.backend == "reference":
         losses = reference.rkdo_loss(
-            problem.queries, problem.keys, temperature=problem.temperature, alpha=alpha, depth=depth,
-            cooling=cooling, detach_target=detach_target, positive_offset=problem.offset,
+            problem.queries, problem.keys, temperature=problem.temperature, alpha=alpha,
+            depth=depth, cooling=cooling, detach_target=detach_target,
+            positive_offset=problem.offset,
         )  # fmt: skip
         return problem.reduce(losses, reduction)
     if isinstance(temperature, Tensor):
@@ -67,10 +69,10 @@ def rkdo_loss(
     else:
         scales = [1 / (temperature * (1 - cooling * t / depth)) for t in range(depth + 1)]
     degree = launch.rkdo_degree(scales, alpha, bound, problem.queries.dtype)
-    if scales is None or degree is None or problem.is_small():
+    if scales is None or bound is None or degree is None or problem.is_small():
         losses = rows.rkdo_direct(problem, alpha, depth, cooling, detach_target)
     else:
-        losses = rows.rkdo_from_moments(problem, degree, scales, alpha, detach_target)
+        losses = rows.rkdo_from_moments(problem, degree, scales, bound, alpha, detach_target)
     return problem.reduce(losses, reduction)
 
 
@@ -136,9 +138,9 @@ def info_nce(
 ) -> Tensor:  # [] or [N], float32 (float64 for float64 inputs), nats
     """InfoNCE (van den Oord et al. 2018):  loss_i = −log softmax(S / τ)_{i, i + positive_offset}.
 
-    CLIP is the mean over both directions. MoCo passes cat(keys, queue) and positive_offset=0. NT-Xent
-    is info_nce(z1, cat(z1, z2)) and info_nce(z2, cat(z2, z1)) with `exclude_self`, which leaves key i
-    out of row i, and positive_offset=N. Other arguments as in `rkdo_loss`.
+    CLIP is the mean over both directions. MoCo passes cat(keys, queue) and positive_offset=0.
+    NT-Xent is info_nce(z1, cat(z1, z2)) and info_nce(z2, cat(z2, z1)) with `exclude_self`, which
+    leaves key i out of row i, and positive_offset=N. Other arguments as in `rkdo_loss`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `rkdo_loss`; exclude_self without another positive.
@@ -193,8 +195,8 @@ def similarity_moments(
         temperature, bound, queries.dtype
     ):
         raise ValueError(
-            f"temperature must be large enough for bound={bound:g} that exp(-2 bound / temperature) "
-            f"is a normal number, got {temperature}"
+            f"temperature must be at least {2 * bound / launch.exponent_range(queries.dtype):.4g} "
+            f"for moments with bound={bound:g}, got {temperature}"
         )
     if problem.backend == "reference":
         result = reference.similarity_moments(
@@ -227,7 +229,7 @@ def similarity_logsumexp(
     """log Σ_j exp(S_ij / τ), differentiable in queries, keys and temperature, at any temperature.
 
     All that InfoNCE, NT-Xent, CLIP, SupCon and MoCo need of the N × M matrix: their positives' term
-    is a row-wise dot product. `exclude_self` leaves key i out of row i; a row without keys gives −∞.
+    is a row-wise dot product. `exclude_self` leaves key i out of row i; no keys at all give −∞.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `rkdo_loss`.

@@ -15,8 +15,8 @@ from . import checks, losses
 class PairLoss(nn.Module):
     """A loss of queries and keys with its settings: the keyword arguments of `function`.
 
-    Settings are checked here, shapes in `forward`. A temperature that is an nn.Parameter becomes one of
-    the module's parameters, so that an optimizer finds it.
+    Settings are checked here, shapes in `forward`. A temperature that is an nn.Parameter becomes
+    one of the module's parameters, so that an optimizer finds it.
 
     Raises:
         TypeError, ValueError: a setting that `function` does not take.

@@ -1,8 +1,8 @@
 """The operators: shapes for the compiler, gradients, autocast, and dispatch to kernels or tiles.
 
 Row results are float64 (float32 on MPS, which has no float64): they are [N, few], and their digits
-decide the accuracy of everything computed from them. Scales are tensors, so that nothing has to read a
-learnable one; no operator has a gradient for them, and losses.py adds it from the operators' outputs.
+decide the accuracy of everything computed from them. Scales are tensors, so that nothing has to
+read a learnable one; no operator has a gradient for them: rows.py adds it from their outputs.
 """
 
 from __future__ import annotations
@@ -185,9 +185,9 @@ def recursion(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Σ_t KL(p_t ‖ q_t) by row, [N], and ∂loss/∂c_t, [N, T]; then what the gradient needs.
 
-    The kernels sum over the keys that are not the positive; its exact share is added here, and the
-    gradient there, ∂loss_i/∂S_ij = Σ_{t>0} c_t (q_t − p_t) + Σ_{t<depth} c_t q_t (α b_{t+1} − pull_t),
-    is computed here. Returns loss, ∂loss/∂c_t, peak, log mass, pull, and that gradient, [N].
+    The kernels sum over the keys that are not the positive; its exact share is added here, and here
+    is the gradient there, Σ_{t>0} c_t (q_t − p_t) + Σ_{t<depth} c_t q_t (α b_{t+1} − pull_t).
+    Returns loss, ∂loss/∂c_t, peak, log mass, pull, and that gradient, [N].
     """
     run, dtype = implementation(backend), row_dtype(queries)
     sums = run.softmax_sums(queries, keys, scales, False, [positive_offset])

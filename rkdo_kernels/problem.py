@@ -9,7 +9,7 @@ from . import checks, launch, ops, small
 
 
 class Problem:
-    """Raises for bad arguments; afterwards `queries`, `keys`, `offset` and `backend` are settled."""
+    """Raises for bad arguments; then `queries`, `keys`, `offset` and `backend` are settled."""
 
     def __init__(
         self,

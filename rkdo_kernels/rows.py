@@ -13,14 +13,19 @@ from .problem import Problem
 
 
 def rkdo_from_moments(
-    problem: Problem, degree: int, scales: Sequence[float], alpha: float, detach_target: bool
+    problem: Problem,
+    degree: int,
+    scales: Sequence[float],
+    bound: float,
+    alpha: float,
+    detach_target: bool,
 ) -> Tensor:  # [N]
     """RKDO of any depth from one set of moments over the keys that are not the positive.
 
     There p_t = e r_t(u) and q_t = e exp(tilt_t u) / Z_t with e = exp(c S), so a row's share of the
     loss is Σ_j e_ij f_i(u_ij), f of `chebyshev.interpolation_error`; the positive's is exact.
     """
-    queries, keys, bound = problem.queries, problem.keys, problem.bound
+    queries, keys = problem.queries, problem.keys
     c = chebyshev.middle(scales)
     tilt = chebyshev.tilts(scales, bound)
     weight = torch.full((), c, dtype=ops.row_dtype(queries), device=queries.device)

@@ -57,7 +57,7 @@ def recursion(
 
 
 class Recursion(torch.autograd.Function):
-    """`recursion`'s loss and gradient for the scales; the gradient for S is ready when it returns."""
+    """`recursion` for autograd: the gradient for S is ready when the forward pass ends."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class Recursion(torch.autograd.Function):
         return loss, d_scales
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> Any:  # type: ignore[override]
         queries, keys, g = ctx.saved_tensors
         g = g * d_loss[:, None].to(g.dtype)
         d_queries, d_keys = g @ keys.to(g.dtype), g.T @ queries.to(g.dtype)

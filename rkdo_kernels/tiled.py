@@ -1,7 +1,8 @@
-"""The kernels' mathematics by blocks of rows and columns in PyTorch: CPU, MPS, anything without Triton.
+"""The kernels' mathematics tile by tile in PyTorch: for CPU, MPS, any device without Triton.
 
-One block of similarities exists at a time, in buffers that all blocks share. Products and sums run in
-float32 (float64 for float64 inputs). `exclude` lists diagonals: key i + offset is left out of row i.
+One tile of similarities exists at a time, in buffers that all tiles share. Products and sums run
+in float32 (float64 for float64 inputs). `exclude` lists diagonals: key i + offset is left out of
+row i.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def softmax_sums_backward(
     weights: Tensor,  # [N, T], ∂L/∂mass
     total_weight: Tensor,  # [N], ∂L/∂total
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
-    """The gradients through  ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i."""
+    """Through  ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i."""
     gradients = Gradients(queries, keys)
     scales = scales.to(gradients.queries.dtype)
     row_sum = gradients.queries.new_zeros(len(queries), 1)
@@ -204,8 +205,8 @@ class Recursion:
         w_t = log p_t − log q_t = log r_t − log E_t
 
     The logarithms are of numbers near 1, and log E_t is linear in S: more digits than log p_t and
-    log q_t have. What p_t does to the loss is w_t + 1 plus what it does through p_{t+1}; the 1 may be
-    left out since Σ_j p_t = 1, and b_t = w_t + (1 − α) b_{t+1} is left: α b_{t+1} = Σ_v mix_vt w_v.
+    log q_t have. What p_t does to the loss is w_t + 1 plus what it does through p_{t+1}; the 1 may
+    be left out since Σ_j p_t = 1; b_t = w_t + (1 − α) b_{t+1} is left: α b_{t+1} = Σ_v mix_vt w_v.
     """
 
     def __init__(
