@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import tiled
+from .ratios import log_ratios
 
 
 def row_dtype(x: Tensor) -> torch.dtype:
@@ -211,13 +212,13 @@ def recursion(
     t = torch.arange(depth, dtype=dtype, device=queries.device)
     age = t[:, None] - t
     mix = alpha * (1 - alpha) ** age.clamp_min(0) * (age >= 0)
-    p = (1 - alpha) ** (t + 1) + q[:, :-1] @ mix.T
-    w = p.clamp_min(torch.finfo(dtype).tiny).log() - log_q[:, 1:]
+    w = log_ratios(log_q, alpha)
+    p = torch.exp(log_q[:, 1:] + w)
     b = torch.zeros_like(w) if detach_target else w @ mix
     through = q[:, :-1] * b
     loss = loss + (p * w).sum(1)
     pull = pull + through
-    at_positive = (q[:, 1:] - p) @ c[1:] + (through - q[:, :-1] * pull) @ c[:-1]
+    at_positive = -(q[:, 1:] * torch.expm1(w)) @ c[1:] + (through - q[:, :-1] * pull) @ c[:-1]
 
     # The scales act through log q = c S − log Z: by S where p and q differ, less the row's mean.
     mean = (slope + x * lift) / log_mass.exp()  # of S − peak under q_t

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import chebyshev, launch, ops, small
 from .problem import Problem
+from .ratios import log_ratios
 
 
 def rkdo_from_moments(
@@ -38,21 +39,20 @@ def rkdo_from_moments(
         others = _log(m @ (torch.exp(tilt_t * u) @ coefficients))
         log_q.append(-torch.logaddexp(others - c_t * positive, torch.zeros_like(positive)))
         log_z.append(c_t * positive - log_q[-1])
-    p = torch.ones_like(positive)
+    w = log_ratios(torch.stack(log_q, dim=1), alpha)
+    p = [torch.exp(log_q[t] + w[:, t - 1]) for t in range(1, len(scales))]
+    loss = (torch.stack(p, dim=1) * w).sum(1)
     r = torch.zeros_like(m)  # at the nodes
     f = torch.zeros_like(m)
-    loss = torch.zeros_like(positive)
     descent = torch.zeros_like(m)  # Σ_t c_t r_t at the nodes, for a target without gradient
     surrogate = torch.zeros_like(positive)
     for t in range(1, len(scales)):
-        p = (1 - alpha) * p + alpha * torch.exp(log_q[t - 1])
-        loss = loss + torch.special.xlogy(p, p) - p * log_q[t]
         if alpha > 0:
             r = (1 - alpha) * r + alpha * torch.exp(tilt[t - 1] * u - log_z[t - 1][:, None])
             f = f + r * (torch.log(r) - tilt[t] * u + log_z[t][:, None])
         if detach_target:
             descent = descent + scales[t] * r.detach()
-            surrogate = surrogate + log_z[t] - scales[t] * positive * p.detach()
+            surrogate = surrogate + log_z[t] - scales[t] * positive * p[t - 1].detach()
     loss = loss + ((f @ coefficients) * m).sum(1)
     if detach_target:
         surrogate = surrogate - (_antiderivative(descent @ coefficients, c, bound) * m).sum(1)

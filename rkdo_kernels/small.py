@@ -41,7 +41,9 @@ def recursion(
     log_q -= mass.log_()
     p = (mix @ q[:-1].view(depth, n * m)).view(depth, n, m)
     p.diagonal(positive_offset, 1, 2).add_(rest)
-    w = p.clamp_min(torch.finfo(p.dtype).tiny).log_().sub_(log_q[1:])
+    some_p = p.clamp_min(torch.finfo(p.dtype).tiny)
+    ratio = (some_p / q[1:]).log_()  # exact where p = q
+    w = torch.where(q[1:] > 1e-290, ratio, some_p.log_().sub_(log_q[1:]))
     d_logits = torch.zeros_like(q)
     if not detach_target:
         through = d_logits[:-1]

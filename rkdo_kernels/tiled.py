@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TILE_BYTES = 3 << 20  # of a tile's buffers together: they stay in the cores' caches
+TILE_BYTES = 2 << 20  # of a tile's buffers together: they stay in the cores' caches
 TILE_COLS = 1 << 13
 TILE_ROWS = 128  # up to which one tile may hold all of S
 

@@ -1,0 +1,84 @@
+"""Digits of RKDO's loss and gradient against float64, for float32 eager and for ours.
+
+python -m bench.precision        (writes bench/results/precision.jsonl and prints README's table)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rkdo_kernels import launch, reference, rkdo_loss
+
+RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
+N, D, DEPTH, ALPHA, COOLING = 512, 64, 3, 0.5, 0.1
+
+
+def views(cosine: float | None) -> tuple[Tensor, Tensor]:
+    """Unit rows; keys[i] is independent of queries[i], or at this cosine to it."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = functional.normalize(torch.randn(2, N, D, generator=generator), dim=2)
+    if cosine is not None:
+        b = functional.normalize(b - (a * b).sum(1, keepdim=True) * a, dim=1)
+        b = cosine * a + (1 - cosine**2) ** 0.5 * b
+    return a, b
+
+
+def evaluate(loss: Callable[..., Tensor], pair: tuple[Tensor, Tensor], dtype: torch.dtype):
+    leaves = [x.to(dtype).requires_grad_() for x in pair]
+    value = loss(*leaves)
+    gradients = torch.autograd.grad(value, leaves)
+    return value.detach().double(), torch.cat(gradients).double()
+
+
+def relative_errors(loss: Callable[..., Tensor], truth, pair) -> list[float]:
+    pairs = zip(evaluate(loss, pair, torch.float32), truth, strict=True)
+    return [float((a - b).norm() / b.norm()) for a, b in pairs]
+
+
+def main() -> None:
+    lines = []
+    print("| positives | τ | eager float32 | ours | path |\n|---|---|---|---|---|")
+    for cosine in (None, 0.6, 0.95):
+        for temperature in (0.5, 0.2, 0.1, 0.05, 0.01):
+            pair = views(cosine)
+
+            def materialised(q: Tensor, k: Tensor, temperature: float = temperature) -> Tensor:
+                return reference.rkdo_loss(q, k, temperature=temperature).mean()
+
+            def ours(q: Tensor, k: Tensor, temperature: float = temperature) -> Tensor:
+                return rkdo_loss(q, k, temperature=temperature, backend="tiled")
+
+            truth = evaluate(materialised, pair, torch.float64)
+            eager = relative_errors(materialised, truth, pair)
+            fused = relative_errors(ours, truth, pair)
+            scales = [1 / (temperature * (1 - COOLING * t / DEPTH)) for t in range(DEPTH + 1)]
+            degree = launch.rkdo_degree(scales, ALPHA, 1.0, torch.float32)
+            path = "direct" if degree is None else f"moments, degree {degree}"
+            positives = "independent" if cosine is None else f"cos {cosine}"
+            shown = [f"{a:.0e} / {b:.0e}" for a, b in (eager, fused)]
+            print(f"| {positives} | {temperature} | {shown[0]} | {shown[1]} | {path} |")
+            lines.append(
+                {
+                    "positives": positives,
+                    "temperature": temperature,
+                    "path": path,
+                    "eager_loss": eager[0],
+                    "eager_gradient": eager[1],
+                    "ours_loss": fused[0],
+                    "ours_gradient": fused[1],
+                    "n": N,
+                    "d": D,
+                    "torch": torch.__version__,
+                }  # fmt: skip
+            )
+    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    main()
