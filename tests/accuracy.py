@@ -1,0 +1,74 @@
+"""The yardstick: as accurate as eager PyTorch in the same dtype, measured against float64.
+
+For the value and for every gradient, with errors and magnitudes taken as maxima over the tensor:
+
+    error ≤ 2 · (eager's error) + one ulp of the largest true entry + the truth's own rounding
+
+Results are float32 whatever the inputs, so values of bfloat16 and float16 inputs are held to what eager
+does in float32 with the same numbers; their gradients to what eager does in their own dtype. An eager
+result that is not finite counts as exact. The truth's rounding is a few float64 ulps of the `scale`
+from which it was subtracted (1/τ for the losses here), and float32's smallest normal number.
+"""
+
+import torch
+from torch.nn.functional import normalize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
+FLOAT64_ULPS = 32
+
+
+def sample_views(n, d, dtype=torch.float32, *, m=None, aligned=False, seed=0, length=1.0):
+    """queries [n, d] and keys [m or n, d] with unit rows; `aligned` positives have a cosine near 0.9."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    keys = torch.randn(m or n, d, generator=generator, dtype=torch.float64)
+    if aligned:
+        keys[:n] = 0.5 * keys[:n] + queries
+    views = {"queries": normalize(queries, dim=1), "keys": normalize(keys, dim=1)}
+    return {name: (length * x).to(DEVICE, dtype) for name, x in views.items()}
+
+
+def evaluate(loss, inputs):
+    """`loss(**inputs)`, and the gradient for every input of Σ w · loss with w from −1 to 1."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    value = loss(**leaves)
+    w = torch.linspace(-1, 1, value.numel(), device=value.device, dtype=torch.float64)
+    total = (w.view(value.shape) * value.double()).sum()
+    gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    for x, gradient in zip(leaves.values(), gradients, strict=True):
+        assert gradient.dtype == x.dtype
+    return {"value": value.detach(), **dict(zip(inputs, gradients, strict=True))}
+
+
+def cast(inputs, dtype):
+    return {name: x.to(dtype) for name, x in inputs.items()}
+
+
+def assert_as_accurate(loss, eager, inputs, scale=1.0, truth=None):
+    """Holds `loss` to the yardstick; `eager` is the same function materialised, for any dtype."""
+    ours, naive = evaluate(loss, inputs), evaluate(eager, inputs)
+    if inputs["queries"].dtype in (torch.bfloat16, torch.float16):
+        naive["value"] = eager(**cast(inputs, torch.float32)).detach()
+    assert ours["value"].dtype == naive["value"].dtype
+    compare(ours, naive, truth or evaluate(eager, cast(inputs, torch.float64)), scale)
+
+
+def compare(ours, naive, truth, scale=1.0):
+    misses = []
+    for name, true in truth.items():
+        error, eagers = largest(ours[name].double() - true), largest(naive[name].double() - true)
+        ulp = torch.finfo(naive[name].dtype).eps * largest(true)
+        rounding = FLOAT64_ULPS * torch.finfo(torch.float64).eps * max(scale, largest(true))
+        limit = 2 * (eagers if eagers < float("inf") else 0) + ulp + rounding + SMALLEST_NORMAL
+        if not error <= limit:  # NaN is no number to compare with
+            misses.append(
+                f"{name}: error {error:.3g} passes {limit:.3g}; eager {eagers:.3g}, ulp {ulp:.3g}, "
+                f"largest true entry {largest(true):.3g}"
+            )
+    assert not misses, "\n".join(misses)
+
+
+def largest(x):
+    return float(x.abs().max())

@@ -1,0 +1,19 @@
+"""For the whole session: without a GPU, Triton's kernels run on CPU tensors in its interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty is full of NaN: what a kernel forgets to write, or should not read, shows."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,37 @@
+"""The yardstick measures: it passes eager itself and fails what is off by more."""
+
+import pytest
+import torch
+from accuracy import DEVICE, assert_as_accurate, sample_views
+
+from rkdo_kernels import reference
+
+UPSET = {
+    "a factor": lambda x: x * 1.00001,
+    "a shift": lambda x: x + 1e-5,
+    "one entry": lambda x: torch.cat([x[:-1], x[-1:] * 1.001]),
+    "NaN": lambda x: torch.cat([x[:-1], x[-1:] * float("nan")]),
+    "no gradient": lambda x: x.detach() + 0 * x,
+    "a wrong gradient": lambda x: x.detach() + 1.0001 * (x - x.detach()),
+}
+
+
+def test_eager_is_as_accurate_as_eager():
+    assert_as_accurate(reference.rkdo_loss, reference.rkdo_loss, sample_views(33, 24))
+
+
+@pytest.mark.parametrize("upset", UPSET)
+def test_the_yardstick_catches(upset):
+    def wrong(**views):
+        return UPSET[upset](reference.rkdo_loss(**views))
+
+    with pytest.raises(AssertionError, match=r"passes|^$"):
+        assert_as_accurate(wrong, reference.rkdo_loss, sample_views(33, 24))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_uninitialised_memory_is_poisoned():
+    x = torch.zeros(1, device=DEVICE)
+    assert torch.empty(3, device=DEVICE).isnan().all()
+    assert x.new_empty(3, 5).isnan().all()
+    assert torch.empty_like(x).isnan().all()
