@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from .constants import host_constant
 
 MAX_DEGREE = 12
 TOLERANCE = 12 * torch.finfo(torch.float32).eps  # default arguments need degree 4, at any depth
@@ -87,8 +88,7 @@ def interpolation_error(degree: int, alpha: float, scales: Sequence[float], boun
     return max(worst, error(f(x)[0], *f(u))) if alpha > 0 else worst
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=1024)
+@host_constant
 def rkdo_degree(alpha: float, scales: tuple[float, ...], bound: float) -> int | None:
     """The least degree whose `interpolation_error` is within `TOLERANCE`; None past the limit."""
     for degree in range(1, MAX_DEGREE + 1):

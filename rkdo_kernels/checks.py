@@ -69,7 +69,7 @@ def temperature(value: float | Tensor) -> None:
         value = float(value.detach())
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value) and math.isfinite(1 / value)):
+    if not (0 < value < math.inf and 1 / value < math.inf):
         raise ValueError(f"temperature must be positive and finite, got {value}")
 
 
@@ -106,7 +106,7 @@ def bound(value: float | None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"bound must be a number or None, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value) and math.isfinite(1 / value)):
+    if not (0 < value < math.inf and 1 / value < math.inf):
         raise ValueError(f"bound must be positive and finite, or None, got {value}")
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import chebyshev
+from .constants import host_constant
 
 
 def fixed_shift_is_safe(
@@ -67,8 +67,7 @@ def backend_for(name: str, queries: Tensor) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=1)
+@host_constant
 def triton_status() -> str:
     """'missing', 'compiled', or 'interpreted' under TRITON_INTERPRET=1."""
     try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks, launch, ops, reference, rows
+from .constants import static
 from .problem import Problem, row_dot
 
 Reduction = Literal["mean", "sum", "none"]
@@ -51,6 +52,8 @@ def rkdo_loss(
         TypeError: a tensor that is not dense float32, bfloat16, float16 or float64.
         RuntimeError: backend="triton" where Triton cannot run.
     """
+    temperature, bound = static(temperature), static(bound)
+    alpha, depth, cooling = static(alpha), static(depth), static(cooling)
     checks.number("alpha", alpha, 0, at_most=1)
     checks.integer("depth", depth, at_least=1)
     checks.number("cooling", cooling, 0, below=1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import chebyshev, launch, ops, small
+from .constants import host_constant
 from .problem import Problem
 from .ratios import log_ratios
 
@@ -121,8 +121,7 @@ def _log(x: Tensor) -> Tensor:
     return torch.where(x == 0, float("-inf"), torch.log(torch.where(x == 0, 1, x)))
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
+@host_constant
 def interpolation(degree: int, device: str) -> tuple[Tensor, Tensor]:
     """`chebyshev.nodes` and `chebyshev.monomials`, copied to a device once."""
     dtype = torch.float32 if device.startswith("mps") else torch.float64

@@ -6,11 +6,12 @@ then, and the plain formulas keep all their digits in it.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .constants import host_constant
 
 MAX_ENTRIES = 1 << 14
 
@@ -79,7 +80,7 @@ class Recursion(torch.autograd.Function):
         return d_queries.to(queries.dtype), d_keys.to(keys.dtype), *[None] * ctx.settings
 
 
-@lru_cache(maxsize=64)
+@host_constant
 def mixture(alpha: float, depth: int) -> tuple[Tensor, Tensor]:  # [depth, depth], [depth, 1]
     """p_t = Σ_{s<t} mix_ts q_s + rest_t I for t = 1..depth."""
     t = torch.arange(depth)
