@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def static(value: Any) -> Any:
-    """A number that torch.compile may have made symbolic, as the constant that it is in this call."""
+    """A number that torch.compile may have made symbolic, as the constant it is in this call."""
     if torch.compiler.is_compiling() and isinstance(value, int | float):
         from torch.fx.experimental.symbolic_shapes import guard_scalar
 
@@ -21,13 +20,13 @@ def static(value: Any) -> Any:
     return value
 
 
-def host_constant(function: Callable[P, R]) -> Callable[P, R]:
+def host_constant(function: Callable[..., R]) -> Callable[..., R]:
     """Cached by the arguments; torch.compile calls it while tracing and keeps what it returns."""
     cached = lru_cache(maxsize=1024)(function)
 
     @torch.compiler.assume_constant_result
     @wraps(function)
-    def constant(*args: P.args, **kwargs: P.kwargs) -> R:
-        return cached(*args, **kwargs)
+    def constant(*args: Any) -> R:
+        return cached(*args)
 
     return constant
