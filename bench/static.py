@@ -2,12 +2,14 @@
 
     python -m bench static
 
-One row a kernel, dtype, embedding dimension and target, with the launch tables' own tiles:
-registers, bytes of spills, shared memory, and whether that fits the target.
+One row a kernel, dtype, launch-table entry and target: registers, spills, shared and tensor memory,
+resident warps; then, per entry of S in the hot loop (see sass.py), issue slots, special functions,
+matrix instructions and memory accesses; and the time that follows on the target's device.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -18,20 +20,18 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from rkdo_kernels import direct, launch, moments
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+from . import sass
+from .targets import TARGETS, predict, resident_warps
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-FLOAT_ARGUMENTS = ("unit", "alpha")
+OPERANDS = ("queries", "keys", "own", "other", "gradient")
+FLOATS = ("unit", "alpha")
+OFFSETS = ("exclude_a", "exclude_b", "positive_offset")
+VARIANTS = ("aligned", "unaligned", "ones")  # of the integer arguments; see `specialise`
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Case:
     function: Any
     table: str  # its name in launch.CONFIGS
     constants: dict[str, Any]
+    doubles: tuple[str, ...] = ()  # float64 tables, as the launchers pass them
 
 
 def cases() -> list[Case]:
@@ -50,89 +51,174 @@ def cases() -> list[Case]:
     sums = {"SCALES": 4, "STUDENT": False, "EXCLUDE": 1}
     student = {"SCALES": 1, "STUDENT": True, "EXCLUDE": 0}
     steps = {"DEPTH": 3, "DETACH": False}
+    one, many = ("scale",), ("scales",)
+    softmax, softmax_bwd = direct._softmax_sums_fwd, direct._softmax_sums_bwd
     result = [
-        Case("moments_fwd k=0", fwd, "moments_fwd", {"DEGREE": 0, **rows}),
-        Case("moments_fwd k=4", fwd, "moments_fwd", {"DEGREE": 4, **rows}),
-        Case("softmax_sums", direct._softmax_sums_fwd, "softmax_sums", sums),
-        Case("student_sums", direct._softmax_sums_fwd, "softmax_sums", student),
+        Case("moments_fwd k=0", fwd, "moments_fwd", {"DEGREE": 0, **rows}, one),
+        Case("moments_fwd k=4", fwd, "moments_fwd", {"DEGREE": 4, **rows}, one),
+        Case("softmax_sums", softmax, "softmax_sums", sums, many),
+        Case("student_sums", softmax, "softmax_sums", student, many),
         Case("recursion", direct._recursion_fwd, "recursion", steps),
     ]
     for by_own, side in ((True, "dq"), (False, "dk")):
         own = {"BY_OWN": by_own}
         result += [
-            Case(f"moments_bwd k=0 {side}", bwd, "moments_bwd", {"DEGREE": 0, **rows, **own}),
-            Case(f"moments_bwd k=4 {side}", bwd, "moments_bwd", {"DEGREE": 4, **rows, **own}),
-            Case(
-                f"softmax_sums_bwd {side}",
-                direct._softmax_sums_bwd,
-                "softmax_sums_bwd",
-                {**sums, **own},
-            ),
-            Case(
-                f"student_sums_bwd {side}",
-                direct._softmax_sums_bwd,
-                "softmax_sums_bwd",
-                {**student, **own},
-            ),
-            Case(f"recursion_bwd {side}", direct._recursion_bwd, "recursion_bwd", {**steps, **own}),
+            Case(name, function, table, {**constants, **own}, doubles)
+            for name, function, table, constants, doubles in (
+                (f"moments_bwd k=0 {side}", bwd, "moments_bwd", {"DEGREE": 0, **rows}, one),
+                (f"moments_bwd k=4 {side}", bwd, "moments_bwd", {"DEGREE": 4, **rows}, one),
+                (f"softmax_sums_bwd {side}", softmax_bwd, "softmax_sums_bwd", sums, many),
+                (f"student_sums_bwd {side}", softmax_bwd, "softmax_sums_bwd", student, many),
+                (f"recursion_bwd {side}", direct._recursion_bwd, "recursion_bwd", steps, ()),
+            )
         ]
     return result
 
 
 @dataclass(frozen=True)
 class Resources:
+    """Of one compiled kernel. `loop` is None where no loop holds a matrix instruction."""
+
     kernel: str
     dtype: str
     dim: int
     target: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
+    registers: int  # a thread
+    spill_bytes: int  # a thread, the stack it uses
+    shared_bytes: int  # a program
     fits: bool
     assembly: str
+    variant: str = "aligned"
+    config: launch.Config | None = None
+    tensor_columns: int = 0
+    warps: int = 0  # resident on a processor
+    loop: sass.Loop | None = None
+    tile: sass.Tile | None = None
+    seconds: dict[str, float] | None = None  # an entry of S, by unit
+    atomics: tuple[str, ...] = ()
+    traps: tuple[str, ...] = ()
+    stripes: int = 1  # programs that each compute S anew, a stripe of the gradient each
 
 
-def compile_case(case: Case, dtype: str, dim: int, target: str, aligned: bool = True) -> Resources:
+def compile_case(
+    case: Case,
+    dtype: str,
+    dim: int,
+    target: str,
+    aligned: bool = True,
+    variant: str | None = None,
+    config: launch.Config | None = None,
+) -> Resources:
     """Raises what the compiler raises."""
-    like = torch.empty(1, dim, dtype=DTYPES[dtype], device="meta")
-    config = launch.launch_config(case.table, like)
+    variant = variant or ("aligned" if aligned else "unaligned")
+    like = torch.empty(1, 1 if variant == "ones" else dim, dtype=DTYPES[dtype], device="meta")
+    config = config or table_entry(case.table, like, target)
     names = case.function.arg_names
-    constants = {
-        **launch.dims_for(like, nvidia=target != "gfx942"),
-        **case.constants,
-        "ROWS": config.rows,
-        "COLS": config.cols,
-    }
-    if "GRADIENT_PRECISION" in names:
+    amd = TARGETS[target].amd
+    constants = {**launch.dims_for(like, nvidia=not amd), **case.constants}
+    constants |= {"ROWS": config.rows, "COLS": config.cols}
+    gradient = "GRADIENT_PRECISION" in names
+    if gradient:
         nvidia = "tf32" if dtype == "fp16" else "tf32x3"
-        constants["GRADIENT_PRECISION"] = "ieee" if target == "gfx942" else nvidia
-    signature, attributes = {}, {}
-    for index, name in enumerate(names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            operand = name.removesuffix("_ptr") in ("queries", "keys", "own", "other", "gradient")
-            signature[name] = f"*{dtype if operand else 'fp32'}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name in FLOAT_ARGUMENTS else "i32"
-            if aligned and (name.endswith("_stride") or name == "dim"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=case.function, signature=signature, constexprs=constants, attrs=attributes
-    )
-    compiled = triton.compile(source, target=TARGETS[target], options=config.options)
-    registers, spills, assembly = inspect(compiled, target)
-    shared = compiled.metadata.shared
-    return Resources(
-        case.name, dtype, dim, target, registers, spills, shared,
-        shared <= SHARED_LIMIT[target], assembly,
+        constants["GRADIENT_PRECISION"] = "ieee" if amd else nvidia
+    source = specialise(case, dtype, constants, variant)
+    compiled = triton.compile(source, target=TARGETS[target].gpu, options=config.options)
+    tile = tile_of(constants, dtype, config, amd, gradient)
+    return examine(
+        compiled, tile,
+        kernel=case.name, dtype=dtype, dim=like.shape[1], target=target, variant=variant,
+        config=config, stripes=constants["CHUNKS"] if gradient else 1,
     )  # fmt: skip
 
 
-def inspect(compiled: CompiledKernel, target: str) -> tuple[int, int, str]:
+def table_entry(table: str, like: torch.Tensor, target: str) -> launch.Config:
+    """The launch table's, by architecture where it knows architectures."""
+    if "arch" in inspect.signature(launch.launch_config).parameters:
+        return launch.launch_config(table, like, arch=target)
+    return launch.launch_config(table, like)
+
+
+def specialise(case: Case, dtype: str, constants: dict[str, Any], variant: str) -> ASTSource:
+    """As Triton specialises a call at run time.
+
+    aligned    every integer a multiple of 16: N, M, D and the strides; offsets are 0
+    unaligned  no integer is
+    ones       every integer is 1, which makes it a constant
+    """
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    constants = dict(constants)
+    for index, name in enumerate(case.function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            base = name.removesuffix("_ptr")
+            kind = "fp64" if base in case.doubles else dtype if base in OPERANDS else "fp32"
+            signature[name] = f"*{kind}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        elif variant == "ones":
+            signature[name] = "constexpr"
+            constants[name] = 1
+        else:
+            signature[name] = "i32"
+            if variant == "aligned":
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=case.function, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def tile_of(
+    constants: dict[str, Any], dtype: str, config: launch.Config, amd: bool, gradient: bool
+) -> sass.Tile:
+    size = DTYPES[dtype].itemsize
+    wide = size == 4 or (dtype == "fp16" and gradient)  # see primitives.into
+    passes = {"tf32x3": 3 if size == 4 else 1}
+    width, chunks = constants["WIDTH"], constants["CHUNKS"]
+    return sass.Tile(
+        rows=config.rows,
+        cols=config.cols,
+        threads=config.warps * (64 if amd else 32),
+        wave=64 if amd else 32,
+        similarity=sass.Product(width * chunks, passes.get(constants["PRECISION"], 1), size),
+        gradient=sass.Product(
+            width, passes.get(constants["GRADIENT_PRECISION"], 1), 4 if wide else 2
+        )
+        if gradient
+        else None,
+        chunks=chunks,
+    )
+
+
+def examine(compiled: CompiledKernel, tile: sass.Tile, *, target: str, **names: Any) -> Resources:
+    device = TARGETS[target]
+    registers, spills, assembly = machine_code(compiled, target)
+    program = sass.parse_amdgcn(assembly) if device.amd else sass.parse_sass(assembly)
+    loop = sass.hot_loop(program, tile)
+    atomics, traps = sass.forbidden(program)
+    shared = compiled.metadata.shared
+    columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
+    return Resources(
+        target=target,
+        registers=registers,
+        spill_bytes=spills,
+        shared_bytes=shared,
+        fits=shared <= device.shared_limit and columns <= device.tensor_memory,
+        assembly=assembly,
+        tensor_columns=columns,
+        warps=resident_warps(device, tile.threads // tile.wave, registers, shared, columns),
+        loop=loop,
+        tile=tile,
+        seconds=predict(device, tile, loop) if loop else None,
+        atomics=tuple(atomics),
+        traps=tuple(traps),
+        **names,
+    )
+
+
+def machine_code(compiled: CompiledKernel, target: str) -> tuple[int, int, str]:
     """Registers a thread, bytes of stack (spills) a thread, and the machine code as text."""
-    if target == "gfx942":
+    if TARGETS[target].amd:
         text = compiled.asm["amdgcn"]
         numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
         return int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"]), text
@@ -140,19 +226,39 @@ def inspect(compiled: CompiledKernel, target: str) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-
-        def dump(what: str) -> str:
-            command = [str(tool), what, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
-        assert usage is not None
-        return int(usage[1]), int(usage[2]), dump("--dump-sass")
+        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump names no registers for {target}")
+    return int(usage[1]), int(usage[2]), text
 
 
-def table(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Resources]:
+@dataclass(frozen=True)
+class Entry:
+    """What to compile: a line of the table."""
+
+    case: str
+    dtype: str
+    dim: int
+    target: str
+    variant: str = "aligned"
+
+    def compile(self) -> Resources:
+        case = next(case for case in cases() if case.name == self.case)
+        return compile_case(case, self.dtype, self.dim, self.target, variant=self.variant)
+
+
+def entries(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Entry]:
+    """Every kernel × launch-table entry × dtype × target, then the awkward specialisations."""
     for target in targets:
         for case in cases():
             for dtype in DTYPES:
                 for dim in (64, 512):
-                    yield compile_case(case, dtype, dim, target)
+                    yield Entry(case.name, dtype, dim, target)
+            for variant in VARIANTS[1:]:
+                yield Entry(case.name, "bf16", 64, target, variant)
+
+
+def table(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Resources]:
+    return (entry.compile() for entry in entries(targets))

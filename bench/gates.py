@@ -1,0 +1,81 @@
+"""What the machine code must be like, whatever the speed: one function a gate.
+
+A gate takes what was found of a kernel and answers in one line, or "" if all is well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .static import Resources
+from .targets import TARGETS
+
+
+def fits(found: Resources) -> str:
+    device = TARGETS[found.target]
+    if found.fits:
+        return ""
+    return (
+        f"needs {found.shared_bytes} of {device.shared_limit} bytes of shared memory and "
+        f"{found.tensor_columns} of {device.tensor_memory} columns of tensor memory"
+    )
+
+
+def no_spills(found: Resources) -> str:
+    traffic = found.loop.local if found.loop else 0
+    if not found.spill_bytes and not traffic:
+        return ""
+    return f"{found.spill_bytes} bytes of spills a thread, {traffic:.2f} accesses an entry"
+
+
+def no_traps(found: Resources) -> str:
+    return ", ".join(found.traps)
+
+
+def no_atomics(found: Resources) -> str:
+    return ", ".join(sorted(set(found.atomics)))
+
+
+def has_hot_loop(found: Resources) -> str:
+    return "" if found.loop else "no loop holds a matrix instruction"
+
+
+def matrix_kind(found: Resources) -> str:
+    wanted = TARGETS[found.target].matrix_kind
+    if not found.loop or found.loop.kinds == (wanted,) or found.variant == "ones":
+        return ""
+    return f"{' and '.join(found.loop.kinds)} instead of {wanted}"
+
+
+def all_passes(found: Resources) -> str:
+    """float32 in one pass of tf32 would do a third of the multiply-adds."""
+    if not found.loop or found.loop.multiply_adds > 0.99:
+        return ""
+    return f"{found.loop.multiply_adds:.2f} of the multiply-adds that its precision needs"
+
+
+def wide_loads(found: Resources) -> str:
+    """Every byte of an operand comes by a load of 16 bytes."""
+    if found.variant != "aligned" or not found.loop or not found.tile:
+        return ""
+    entries = found.tile.rows * found.tile.cols
+    wide = found.loop.loads.get(16, 0.0) * 16 * entries
+    if wide >= 0.99 * found.tile.operand_bytes:
+        return ""
+    return f"{wide:.0f} of {found.tile.operand_bytes} bytes a tile come by loads of 16 bytes"
+
+
+GATES: dict[str, Callable[[Resources], str]] = {
+    "fits": fits,
+    "spills": no_spills,
+    "traps": no_traps,
+    "atomics": no_atomics,
+    "hot loop": has_hot_loop,
+    "matrix kind": matrix_kind,
+    "passes": all_passes,
+    "16-byte loads": wide_loads,
+}
+
+
+def failures(found: Resources) -> dict[str, str]:
+    return {name: message for name, gate in GATES.items() if (message := gate(found))}
