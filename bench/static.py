@@ -28,7 +28,7 @@ from . import sass
 from .targets import TARGETS, predict, resident_warps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPERANDS = ("queries", "keys", "own", "other", "gradient")
+OPERANDS = ("queries", "keys", "gradient")
 FLOATS = ("unit", "alpha")
 OFFSETS = ("exclude_a", "exclude_b", "positive_offset")
 VARIANTS = ("aligned", "unaligned", "ones")  # of the integer arguments; see `specialise`
@@ -61,7 +61,7 @@ def cases() -> list[Case]:
         Case("recursion", direct._recursion_fwd, "recursion", steps),
     ]
     for by_own, side in ((True, "dq"), (False, "dk")):
-        own = {"BY_OWN": by_own}
+        own = {"QUERIES": by_own}
         result += [
             Case(name, function, table, {**constants, **own}, doubles)
             for name, function, table, constants, doubles in (
@@ -175,9 +175,10 @@ def tile_of(
     wide = size == 4 or (dtype == "fp16" and gradient)  # see primitives.into
     passes = {"tf32x3": 3 if size == 4 else 1}
     width, chunks = constants["WIDTH"], constants["CHUNKS"]
+    keeps_queries = constants.get("QUERIES", True)
     return sass.Tile(
-        rows=config.rows,
-        cols=config.cols,
+        own=config.rows if keeps_queries else config.cols,
+        other=config.cols if keeps_queries else config.rows,
         threads=config.warps * (64 if amd else 32),
         wave=64 if amd else 32,
         similarity=sass.Product(width * chunks, passes.get(constants["PRECISION"], 1), size),

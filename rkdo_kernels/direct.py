@@ -15,6 +15,7 @@ from .primitives import (
     on_diagonal,
     row_values,
     similarity_tile,
+    store_rows,
     student_distance,
 )
 
@@ -104,23 +105,23 @@ def _softmax_sums_fwd(
 
 @triton.jit
 def _softmax_sums_bwd(
-    own_ptr,  # [OWN, D]              in, the operand that gets the gradient
-    other_ptr,  # [OTHER, D]          in
-    own_square_ptr,  # [OWN]          in
-    other_square_ptr,  # [OTHER]      in
+    queries_ptr,  # [N, D]            in
+    keys_ptr,  # [M, D]               in
+    queries_square_ptr,  # [N]        in
+    keys_square_ptr,  # [M]           in
     scales_ptr,  # [SCALES]           in
     peak_ptr,  # [N]                  in
     weights_ptr,  # [N, SCALES]       in, ∂L/∂mass
     total_weight_ptr,  # [N]          in, ∂L/∂total
-    gradient_ptr,  # [OWN, D]         out
-    own_stride,
-    other_stride,
-    n_own,
-    n_other,
+    gradient_ptr,  # [N or M, D]      out
+    queries_stride,
+    keys_stride,
+    n,
+    m,
     dim,
     exclude_a,
     exclude_b,
-    BY_OWN: tl.constexpr,
+    QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     SCALES: tl.constexpr,
     STUDENT: tl.constexpr,
     EXCLUDE: tl.constexpr,
@@ -133,52 +134,99 @@ def _softmax_sums_bwd(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per block of own rows and stripe of WIDTH columns:
+    """One program per block of queries or of keys and stripe of WIDTH: G keys or Gᵀ queries.
 
-    ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i, taken on to own.
-    For STUDENT x = −log v with v = 1 + ‖own‖² + ‖other‖² − 2 S, which also depends on ‖own‖.
+    For STUDENT x = −log v with v = 1 + ‖zq‖² + ‖zk‖² − 2 S, which depends on the own norm too.
     """
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     stripe = tl.program_id(1) * WIDTH
-    own = load_rows(own_ptr, own_stride, i, n_own, 0, dim, WIDTH, FULL, UPCAST)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    pushed = tl.zeros([ROWS], tl.float32)
-    for first_j in range(0, n_other, COLS):
-        j = first_j + tl.arange(0, COLS)
-        other = load_rows(other_ptr, other_stride, j, n_other, 0, dim, WIDTH, FULL, UPCAST)
-        x = similarity_tile(
-            own, other, own_ptr, own_stride, i, n_own, other_ptr, other_stride, j, n_other, dim,
-            WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
-        )  # fmt: skip
-        distance = x
+    if QUERIES:
+        i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+        acc = tl.zeros([ROWS, WIDTH], tl.float32)
+        pushed = tl.zeros([ROWS], tl.float32)
+        for first_j in range(0, m, COLS):
+            j = first_j + tl.arange(0, COLS)
+            k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+            s = similarity_tile(
+                q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
+                WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+            )  # fmt: skip
+            g = _softmax_sums_gradient(
+                s, queries_square_ptr, keys_square_ptr, scales_ptr, peak_ptr, weights_ptr,
+                total_weight_ptr, i, n, j, m, exclude_a, exclude_b, SCALES, STUDENT, EXCLUDE,
+            )  # fmt: skip
+            pushed += tl.sum(g, 1)
+            if CHUNKS > 1:
+                k = load_rows(keys_ptr, keys_stride, j, m, stripe, dim, WIDTH, FULL, UPCAST)
+            acc = into(acc, g, k, GRADIENT_PRECISION)
         if STUDENT:
-            distance = student_distance(x, own_square_ptr, i, n_own, other_square_ptr, j, n_other)
-            x = -tl.log(distance)
-        keep = (j < n_other)[None, :] & (i < n_own)[:, None]
-        if EXCLUDE >= 1:
-            keep = keep & (on_diagonal(i, j, exclude_a) == 0)
-        if EXCLUDE >= 2:
-            keep = keep & (on_diagonal(i, j, exclude_b) == 0)
-        x = x - row_values(peak_ptr, 1, i, n_own, j, n_other, BY_OWN)
-        g = tl.zeros_like(x) + row_values(total_weight_ptr, 1, i, n_own, j, n_other, BY_OWN)
-        for t in tl.static_range(SCALES):
-            c = tl.load(scales_ptr + t).to(tl.float32)
-            w = row_values(weights_ptr + t, SCALES, i, n_own, j, n_other, BY_OWN)
-            g += (w * c) * tl.exp2(x * (c * LOG2E))
+            q = load_rows(queries_ptr, queries_stride, i, n, stripe, dim, WIDTH, FULL, UPCAST)
+            acc -= q.to(tl.float32) * pushed[:, None]
+        store_rows(gradient_ptr, i, n, stripe, dim, acc, WIDTH)
+    else:
+        j = tl.program_id(0) * COLS + tl.arange(0, COLS)
+        k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+        acc = tl.zeros([COLS, WIDTH], tl.float32)
+        pushed = tl.zeros([COLS], tl.float32)
+        for first_i in range(0, n, ROWS):
+            i = first_i + tl.arange(0, ROWS)
+            q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+            s = similarity_tile(
+                q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
+                WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+            )  # fmt: skip
+            g = _softmax_sums_gradient(
+                s, queries_square_ptr, keys_square_ptr, scales_ptr, peak_ptr, weights_ptr,
+                total_weight_ptr, i, n, j, m, exclude_a, exclude_b, SCALES, STUDENT, EXCLUDE,
+            )  # fmt: skip
+            pushed += tl.sum(g, 0)
+            if CHUNKS > 1:
+                q = load_rows(queries_ptr, queries_stride, i, n, stripe, dim, WIDTH, FULL, UPCAST)
+            acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
         if STUDENT:
-            g = 2.0 * g / distance
-        g = tl.where(keep, g, 0.0)
-        pushed += tl.sum(g, 1)
-        if CHUNKS > 1:
-            other = load_rows(other_ptr, other_stride, j, n_other, stripe, dim, WIDTH, FULL, UPCAST)
-        acc = into(acc, g, other, UPCAST, GRADIENT_PRECISION)
+            k = load_rows(keys_ptr, keys_stride, j, m, stripe, dim, WIDTH, FULL, UPCAST)
+            acc -= k.to(tl.float32) * pushed[:, None]
+        store_rows(gradient_ptr, j, m, stripe, dim, acc, WIDTH)
+
+
+@triton.jit
+def _softmax_sums_gradient(
+    s,
+    queries_square_ptr,
+    keys_square_ptr,
+    scales_ptr,
+    peak_ptr,
+    weights_ptr,
+    total_weight_ptr,
+    i,
+    n,
+    j,
+    m,
+    exclude_a,
+    exclude_b,
+    SCALES: tl.constexpr,
+    STUDENT: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+):
+    """∂L/∂x = Σ_t weights_t c_t exp(c_t (x − peak)) + total_weight; for STUDENT that · 2 / v."""
+    distance = s
+    x = s
     if STUDENT:
-        own = load_rows(own_ptr, own_stride, i, n_own, stripe, dim, WIDTH, FULL, UPCAST)
-        acc -= own.to(tl.float32) * pushed[:, None]
-    d = stripe + tl.arange(0, WIDTH)
-    out = gradient_ptr + i.to(tl.int64)[:, None] * dim + d[None, :]
-    mask = (i < n_own)[:, None] & (d < dim)[None, :]
-    tl.store(out, acc.to(gradient_ptr.dtype.element_ty), mask=mask)
+        distance = student_distance(s, queries_square_ptr, i, n, keys_square_ptr, j, m)
+        x = -tl.log(distance)
+    keep = (j < m)[None, :] & (i < n)[:, None]
+    if EXCLUDE >= 1:
+        keep = keep & (on_diagonal(i, j, exclude_a) == 0)
+    if EXCLUDE >= 2:
+        keep = keep & (on_diagonal(i, j, exclude_b) == 0)
+    x = x - row_values(peak_ptr, 1, i, n)
+    g = tl.zeros_like(x) + row_values(total_weight_ptr, 1, i, n)
+    for t in tl.static_range(SCALES):
+        c = tl.load(scales_ptr + t).to(tl.float32)
+        g += (row_values(weights_ptr + t, SCALES, i, n) * c) * tl.exp2(x * (c * LOG2E))
+    if STUDENT:
+        g = 2.0 * g / distance
+    return tl.where(keep, g, 0.0)
 
 
 @triton.jit
@@ -274,8 +322,8 @@ def _recursion_fwd(
 
 @triton.jit
 def _recursion_bwd(
-    own_ptr,  # [OWN, D]              in, the operand that gets the gradient
-    other_ptr,  # [OTHER, D]          in
+    queries_ptr,  # [N, D]            in
+    keys_ptr,  # [M, D]               in
     scales_ptr,  # [DEPTH + 1]        in
     steeper_ptr,  # [DEPTH + 1]       in
     peak_ptr,  # [N]                  in
@@ -284,15 +332,15 @@ def _recursion_bwd(
     pull_ptr,  # [N, DEPTH]           in
     weights_ptr,  # [N]               in, ∂L/∂loss
     at_positive_ptr,  # [N]           in, ∂loss_i/∂S_ij at the positive
-    gradient_ptr,  # [OWN, D]         out
-    own_stride,
-    other_stride,
-    n_own,
-    n_other,
+    gradient_ptr,  # [N or M, D]      out
+    queries_stride,
+    keys_stride,
+    n,
+    m,
     dim,
     alpha,
     positive_offset,
-    BY_OWN: tl.constexpr,
+    QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     DEPTH: tl.constexpr,
     DETACH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -304,54 +352,93 @@ def _recursion_bwd(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per block of own rows and stripe of WIDTH columns, off the positive:
-
-    ∂loss_i/∂S_ij = q_0 (Σ_{t>0} c_t (e_t − r_t) + w_t y_t − Σ_{t<depth} c_t e_t pull_t),
-    y_t = (1 − α) y_{t−1} + α c_{t−1} e_{t−1}
-    """
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """One program per block of queries or of keys and stripe of WIDTH: G keys or Gᵀ queries."""
     stripe = tl.program_id(1) * WIDTH
-    own = load_rows(own_ptr, own_stride, i, n_own, 0, dim, WIDTH, FULL, UPCAST)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for first_j in range(0, n_other, COLS):
-        j = first_j + tl.arange(0, COLS)
-        other = load_rows(other_ptr, other_stride, j, n_other, 0, dim, WIDTH, FULL, UPCAST)
-        s = similarity_tile(
-            own, other, own_ptr, own_stride, i, n_own, other_ptr, other_stride, j, n_other, dim,
-            WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
-        )  # fmt: skip
-        positive = on_diagonal(i, j, positive_offset)
-        keep = (j < n_other)[None, :] & (i < n_own)[:, None] & (positive == 0)
-        x = tl.where(keep, s - row_values(peak_ptr, 1, i, n_own, j, n_other, BY_OWN), 0.0)
-        c = tl.load(scales_ptr)
-        log_mass = row_values(log_mass_ptr, 1, i, n_own, j, n_other, BY_OWN)
-        q_0 = tl.where(keep, tl.exp2((x * c - log_mass) * LOG2E), 0.0)
-        e = tl.full([ROWS, COLS], 1.0, tl.float32)
-        r = tl.zeros([ROWS, COLS], tl.float32)
-        y = tl.zeros([ROWS, COLS], tl.float32)
-        g = tl.zeros([ROWS, COLS], tl.float32)
-        for t in tl.static_range(1, DEPTH + 1):
-            r = (1 - alpha) * r + alpha * e
-            lighter = row_values(lighter_ptr + t, DEPTH + 1, i, n_own, j, n_other, BY_OWN)
-            log_e = x * tl.load(steeper_ptr + t) - lighter
-            if not DETACH:
-                pull = row_values(pull_ptr + (t - 1), DEPTH, i, n_own, j, n_other, BY_OWN)
-                g -= c * e * pull
-                y = (1 - alpha) * y + (alpha * c) * e
-                g += y * (tl.log(tl.maximum(r, TINY)) - log_e)
-            e = tl.exp2(log_e * LOG2E)
-            c = tl.load(scales_ptr + t)
-            g += c * (e - r)
-        at_positive = row_values(at_positive_ptr, 1, i, n_own, j, n_other, BY_OWN)
-        g = tl.where(positive, at_positive, q_0 * g)
-        g = g * row_values(weights_ptr, 1, i, n_own, j, n_other, BY_OWN)
-        if CHUNKS > 1:
-            other = load_rows(other_ptr, other_stride, j, n_other, stripe, dim, WIDTH, FULL, UPCAST)
-        acc = into(acc, g, other, UPCAST, GRADIENT_PRECISION)
-    d = stripe + tl.arange(0, WIDTH)
-    out = gradient_ptr + i.to(tl.int64)[:, None] * dim + d[None, :]
-    mask = (i < n_own)[:, None] & (d < dim)[None, :]
-    tl.store(out, acc.to(gradient_ptr.dtype.element_ty), mask=mask)
+    if QUERIES:
+        i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+        acc = tl.zeros([ROWS, WIDTH], tl.float32)
+        for first_j in range(0, m, COLS):
+            j = first_j + tl.arange(0, COLS)
+            k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+            s = similarity_tile(
+                q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
+                WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+            )  # fmt: skip
+            g = _recursion_gradient(
+                s, scales_ptr, steeper_ptr, peak_ptr, log_mass_ptr, lighter_ptr, pull_ptr,
+                weights_ptr, at_positive_ptr, i, n, j, m, alpha, positive_offset, DEPTH, DETACH,
+            )  # fmt: skip
+            if CHUNKS > 1:
+                k = load_rows(keys_ptr, keys_stride, j, m, stripe, dim, WIDTH, FULL, UPCAST)
+            acc = into(acc, g, k, GRADIENT_PRECISION)
+        store_rows(gradient_ptr, i, n, stripe, dim, acc, WIDTH)
+    else:
+        j = tl.program_id(0) * COLS + tl.arange(0, COLS)
+        k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+        acc = tl.zeros([COLS, WIDTH], tl.float32)
+        for first_i in range(0, n, ROWS):
+            i = first_i + tl.arange(0, ROWS)
+            q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+            s = similarity_tile(
+                q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
+                WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+            )  # fmt: skip
+            g = _recursion_gradient(
+                s, scales_ptr, steeper_ptr, peak_ptr, log_mass_ptr, lighter_ptr, pull_ptr,
+                weights_ptr, at_positive_ptr, i, n, j, m, alpha, positive_offset, DEPTH, DETACH,
+            )  # fmt: skip
+            if CHUNKS > 1:
+                q = load_rows(queries_ptr, queries_stride, i, n, stripe, dim, WIDTH, FULL, UPCAST)
+            acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
+        store_rows(gradient_ptr, j, m, stripe, dim, acc, WIDTH)
+
+
+@triton.jit
+def _recursion_gradient(
+    s,
+    scales_ptr,
+    steeper_ptr,
+    peak_ptr,
+    log_mass_ptr,
+    lighter_ptr,
+    pull_ptr,
+    weights_ptr,
+    at_positive_ptr,
+    i,
+    n,
+    j,
+    m,
+    alpha,
+    positive_offset,
+    DEPTH: tl.constexpr,
+    DETACH: tl.constexpr,
+):
+    """weights · q_0 (Σ_{t>0} c_t (e_t − r_t) + w_t y_t − Σ_{t<depth} c_t e_t pull_t), and
+
+    at the positive weights · at_positive;  y_t = (1 − α) y_{t−1} + α c_{t−1} e_{t−1}
+    """
+    positive = on_diagonal(i, j, positive_offset)
+    keep = (j < m)[None, :] & (i < n)[:, None] & (positive == 0)
+    x = tl.where(keep, s - row_values(peak_ptr, 1, i, n), 0.0)
+    c = tl.load(scales_ptr)
+    q_0 = tl.where(keep, tl.exp2((x * c - row_values(log_mass_ptr, 1, i, n)) * LOG2E), 0.0)
+    e = tl.zeros_like(x) + 1.0
+    r = tl.zeros_like(x)
+    y = tl.zeros_like(x)
+    g = tl.zeros_like(x)
+    for t in tl.static_range(1, DEPTH + 1):
+        r = (1 - alpha) * r + alpha * e
+        log_e = x * tl.load(steeper_ptr + t) - row_values(lighter_ptr + t, DEPTH + 1, i, n)
+        if not DETACH:
+            g -= e * (c * row_values(pull_ptr + (t - 1), DEPTH, i, n))
+            y = (1 - alpha) * y + (alpha * c) * e
+            g += y * (tl.log(tl.maximum(r, TINY)) - log_e)
+        e = tl.exp2(log_e * LOG2E)
+        c = tl.load(scales_ptr + t)
+        g += c * (e - r)
+    g = tl.where(positive, row_values(at_positive_ptr, 1, i, n), q_0 * g)
+    return g * row_values(weights_ptr, 1, i, n)
 
 
 def softmax_sums(
@@ -382,25 +469,19 @@ def softmax_sums_backward(
     total_weight: Tensor,
 ) -> tuple[Tensor, Tensor]:
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
-    queries_square, keys_square = squares(queries, keys, student)
     rows = peak.contiguous(), weights.contiguous(), total_weight.contiguous()
-    results = []
-    for own, other, own_square, other_square, by_own in (
-        (queries, keys, queries_square, keys_square, True),
-        (keys, queries, keys_square, queries_square, False),
-    ):
-        n, dim = own.shape
-        gradient = own.new_empty(n, dim)
-        config, dims = launch.config("softmax_sums_bwd", own), launch.dims(own)
-        _softmax_sums_bwd[(triton.cdiv(n, config.rows), dims["CHUNKS"])](
-            own, other, own_square, other_square, scales, *rows, gradient, own.stride(0),
-            other.stride(0), n, other.shape[0], dim, *launch.excluded(exclude, by_own),
-            BY_OWN=by_own, SCALES=len(scales), STUDENT=student, EXCLUDE=len(exclude), **dims,
-            GRADIENT_PRECISION=launch.gradient_precision(own), ROWS=config.rows, COLS=config.cols,
-            **config.options,
+    config, dims = launch.config("softmax_sums_bwd", queries), launch.dims(queries)
+    results = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+    for gradient, to_queries in zip(results, (True, False), strict=True):
+        block = config.rows if to_queries else config.cols
+        _softmax_sums_bwd[(triton.cdiv(len(gradient), block), dims["CHUNKS"])](
+            queries, keys, *squares(queries, keys, student), scales, *rows, gradient,
+            queries.stride(0), keys.stride(0), queries.shape[0], keys.shape[0], queries.shape[1],
+            *launch.excluded(exclude), QUERIES=to_queries, SCALES=len(scales), STUDENT=student,
+            EXCLUDE=len(exclude), **dims, GRADIENT_PRECISION=launch.gradient_precision(queries),
+            ROWS=config.rows, COLS=config.cols, **config.options,
         )  # fmt: skip
-        results.append(gradient)
-    return results[0], results[1]
+    return results
 
 
 def recursion(
@@ -445,20 +526,18 @@ def recursion_backward(
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     tables = row_tables(scales, peak, log_mass)
     rows = pull.contiguous(), weights.contiguous(), at_positive.contiguous()
-    results = []
-    for own, other, by_own in ((queries, keys, True), (keys, queries, False)):
-        n, dim = own.shape
-        gradient = own.new_empty(n, dim)
-        config, dims = launch.config("recursion_bwd", own), launch.dims(own)
-        _recursion_bwd[(triton.cdiv(n, config.rows), dims["CHUNKS"])](
-            own, other, *tables, *rows, gradient, own.stride(0), other.stride(0), n,
-            other.shape[0], dim, alpha, positive_offset if by_own else -positive_offset,
-            BY_OWN=by_own, DEPTH=len(scales) - 1, DETACH=detach_target, **dims,
-            GRADIENT_PRECISION=launch.gradient_precision(own), ROWS=config.rows, COLS=config.cols,
-            **config.options,
+    config, dims = launch.config("recursion_bwd", queries), launch.dims(queries)
+    results = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+    for gradient, to_queries in zip(results, (True, False), strict=True):
+        block = config.rows if to_queries else config.cols
+        _recursion_bwd[(triton.cdiv(len(gradient), block), dims["CHUNKS"])](
+            queries, keys, *tables, *rows, gradient, queries.stride(0), keys.stride(0),
+            queries.shape[0], keys.shape[0], queries.shape[1], alpha, positive_offset,
+            QUERIES=to_queries, DEPTH=len(scales) - 1, DETACH=detach_target, **dims,
+            GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
+            COLS=config.cols, **config.options,
         )  # fmt: skip
-        results.append(gradient)
-    return results[0], results[1]
+    return results
 
 
 def row_tables(scales: Tensor, peak: Tensor, log_mass: Tensor) -> tuple[Tensor, ...]:

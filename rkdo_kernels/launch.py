@@ -167,7 +167,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def excluded(diagonals: list[int], by_queries: bool = True) -> tuple[int, int]:
-    """Two diagonals for a kernel, seen from the keys if not `by_queries`; unused ones are 0."""
+def excluded(diagonals: list[int]) -> tuple[int, int]:
+    """Two diagonals for a kernel; EXCLUDE says how many count."""
     a, b = (*diagonals, 0, 0)[:2]
-    return (a, b) if by_queries else (-a, -b)
+    return a, b

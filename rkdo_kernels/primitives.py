@@ -1,4 +1,4 @@
-"""Pieces that the kernels share. `i` and `j` are int32 rows of the own and the other operand."""
+"""Pieces that the kernels share. `i` and `j` are int32 rows of the queries and of the keys."""
 
 import triton
 import triton.language as tl
@@ -29,29 +29,29 @@ def load_rows(
 
 @triton.jit
 def similarity_tile(
-    own,  # [OWN, WIDTH], its rows' first columns
-    other,  # [OTHER, WIDTH]
-    own_ptr,
-    own_stride,
+    q,  # [ROWS, WIDTH], the queries' first columns
+    k,  # [COLS, WIDTH]
+    queries_ptr,
+    queries_stride,
     i,
-    n_own,
-    other_ptr,
-    other_stride,
+    n,
+    keys_ptr,
+    keys_stride,
     j,
-    n_other,
+    m,
     dim,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-):  # [OWN, OTHER], fp32
-    """own otherᵀ; dims past WIDTH are loaded here, chunk by chunk."""
-    s = tl.dot(own, tl.trans(other), input_precision=PRECISION)
+):  # [ROWS, COLS], fp32
+    """queries keysᵀ; dims past WIDTH are loaded here, chunk by chunk."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     for chunk in range(1, CHUNKS):
         start = chunk * WIDTH
-        a = load_rows(own_ptr, own_stride, i, n_own, start, dim, WIDTH, FULL, UPCAST)
-        b = load_rows(other_ptr, other_stride, j, n_other, start, dim, WIDTH, FULL, UPCAST)
+        a = load_rows(queries_ptr, queries_stride, i, n, start, dim, WIDTH, FULL, UPCAST)
+        b = load_rows(keys_ptr, keys_stride, j, m, start, dim, WIDTH, FULL, UPCAST)
         s = tl.dot(a, tl.trans(b), s, input_precision=PRECISION)
     return s
 
@@ -69,7 +69,16 @@ def touches(first_i, ROWS: tl.constexpr, first_j, COLS: tl.constexpr, offset):
 
 
 @triton.jit
-def into(acc, g, x, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def store_rows(x_ptr, i, n, start, dim, x, WIDTH: tl.constexpr):
+    """Rows i, columns start .. start + WIDTH of a contiguous [n, dim]."""
+    d = start + tl.arange(0, WIDTH)
+    mask = (i < n)[:, None] & (d < dim)[None, :]
+    at = x_ptr + i.to(tl.int64)[:, None] * dim + d[None, :]
+    tl.store(at, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def into(acc, g, x, PRECISION: tl.constexpr):
     """acc + g x.  A gradient's entries span more than float16 holds; float16 is exact in tf32."""
     if x.dtype == tl.float16:
         return tl.dot(g, x.to(tl.float32), acc, input_precision=PRECISION)
@@ -77,19 +86,14 @@ def into(acc, g, x, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_values(
-    table_ptr, stride, i, n_own, j, n_other, BY_OWN: tl.constexpr
-):  # [ROWS, 1] or [1, COLS]
-    """A value of every query's row, laid along the own or the other axis; 0 past the end."""
-    if BY_OWN:
-        return tl.load(table_ptr + i.to(tl.int64) * stride, mask=i < n_own, other=0.0)[:, None]
-    else:
-        return tl.load(table_ptr + j.to(tl.int64) * stride, mask=j < n_other, other=0.0)[None, :]
+def row_values(table_ptr, stride, i, n):
+    """A value of every row i, [ROWS, 1]; 0 past the last."""
+    return tl.load(table_ptr + i.to(tl.int64) * stride, mask=i < n, other=0.0)[:, None]
 
 
 @triton.jit
-def student_distance(s, own_square_ptr, i, n_own, other_square_ptr, j, n_other):
-    """1 + ‖own_i − other_j‖², [ROWS, COLS]."""
-    own = tl.load(own_square_ptr + i, mask=i < n_own, other=0.0)
-    other = tl.load(other_square_ptr + j, mask=j < n_other, other=0.0)
-    return 1.0 + tl.maximum(own[:, None] + other[None, :] - 2.0 * s, 0.0)
+def student_distance(s, queries_square_ptr, i, n, keys_square_ptr, j, m):
+    """1 + ‖zq_i − zk_j‖², [ROWS, COLS]."""
+    q = tl.load(queries_square_ptr + i, mask=i < n, other=0.0)
+    k = tl.load(keys_square_ptr + j, mask=j < m, other=0.0)
+    return 1.0 + tl.maximum(q[:, None] + k[None, :] - 2.0 * s, 0.0)
