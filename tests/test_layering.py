@@ -1,0 +1,113 @@
+"""The arrows run one way. To allow a new one, add it to the table and say why in a review."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import rkdo
+import rkdo_kernels
+
+# Every module of rkdo_kernels and the modules of the package that it may import.
+ARROWS = {
+    # the ground: mathematics, arguments and arithmetic know nobody
+    "reference": set(),
+    "checks": set(),
+    "constants": set(),
+    "ratios": set(),
+    "primitives": set(),
+    "tiled": set(),
+    "distributed": set(),
+    # what follows from a call's settings alone
+    "chebyshev": {"constants"},
+    "small": {"constants"},
+    # Triton: kernels know their pieces and their launch tables
+    "launch": {"chebyshev", "constants"},
+    "moments": {"launch", "primitives"},
+    "direct": {"launch", "primitives"},
+    "kernels": {"moments", "direct"},
+    # operators choose between kernels and tiles
+    "ops": {"kernels", "tiled", "ratios"},
+    # losses: arguments, rows, public functions, modules
+    "problem": {"checks", "launch", "ops", "small"},
+    "rows": {"problem", "chebyshev", "constants", "launch", "ops", "ratios", "small"},
+    "losses": {"checks", "constants", "launch", "ops", "reference", "rows", "problem"},
+    "modules": {"checks", "losses"},
+    "__init__": {"losses", "modules"},
+}
+PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rkdo_kernels
+TRITON = {"primitives", "moments", "direct"}  # modules that need Triton to be imported
+KERNELS = sorted(Path(rkdo_kernels.__file__).parent.glob("*.py"))
+TRAINER = sorted(Path(rkdo.__file__).parent.glob("*.py"))
+
+
+def imports_of(path, package):
+    """Modules of `package` that a file imports, wherever in the file, and the names it takes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name.split(".")[0] == package:
+                    yield name.name.removeprefix(package).removeprefix("."), None
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level == 0 and module.split(".")[0] != package:
+                continue
+            module = module.removeprefix(package).removeprefix(".") if node.level == 0 else module
+            for name in node.names:
+                yield (module, name.name) if module else (name.name, None)
+
+
+def test_the_table_lists_every_module():
+    assert {path.stem for path in KERNELS} == set(ARROWS)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_no_arrow_runs_back(path):
+    found = {module.split(".")[0] for module, _ in imports_of(path, "rkdo_kernels")}
+    assert found <= ARROWS[path.stem], f"{path.stem} may import only {ARROWS[path.stem] or 'none'}"
+
+
+def test_the_table_itself_has_no_cycle():
+    below, left = set(), dict(ARROWS)
+    while left:
+        ready = {module for module, known in left.items() if known <= below}
+        assert ready, f"a cycle among {sorted(left)}"
+        below |= ready
+        left = {module: known for module, known in left.items() if module not in ready}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_only_kernels_import_triton_when_they_are_imported(path):
+    top = [
+        n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in top if isinstance(n, ast.ImportFrom) and n.module}
+    names |= {a.name for n in top if isinstance(n, ast.ImportFrom) and n.level for a in n.names}
+    found = {name.split(".")[0] for name in names} & ({"triton", "kernels"} | TRITON)
+    assert not found or path.stem in TRITON | {"kernels"}
+
+
+@pytest.mark.parametrize("path", TRAINER, ids=lambda path: path.stem)
+def test_the_trainer_knows_public_names_only(path):
+    for module, name in imports_of(path, "rkdo_kernels"):
+        if module == "":
+            assert name is None or name in rkdo_kernels.__all__
+        elif name is None:
+            assert module in PUBLIC_MODULES | set(rkdo_kernels.__all__)
+        else:
+            assert module in PUBLIC_MODULES
+            assert not name.startswith("_")
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        "import rkdo_kernels.direct\nfrom . import ops, tiled\nfrom .rows import logsumexp\n"
+        "def f():\n    from rkdo_kernels.small import MAX_ENTRIES\n    from rkdo_kernels import g\n"
+        "import torch\nfrom torch import rows\n"
+    )
+    assert set(imports_of(file, "rkdo_kernels")) == {
+        ("direct", None), ("ops", None), ("tiled", None), ("rows", "logsumexp"),
+        ("small", "MAX_ENTRIES"), ("g", None),
+    }  # fmt: skip
