@@ -56,8 +56,9 @@ def _softmax_sums_fwd(
 
     peak = max_j x,  mass_t = Σ_j exp(c_t (x − peak)),  slope_t = ∂mass_t/∂c_t,  total = Σ_j x
     """
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+    first_i = tl.program_id(0) * ROWS
+    i = first_i + tl.arange(0, ROWS)
+    q = load_rows(queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST)
     peak = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mass = ()
@@ -67,10 +68,10 @@ def _softmax_sums_fwd(
         slope = slope + (tl.zeros([ROWS], tl.float32),)
     for first_j in range(0, m, COLS):
         j = first_j + tl.arange(0, COLS)
-        k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+        k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, True, UPCAST)
         x = similarity_tile(
-            q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
-            WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+            q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m,
+            dim, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
         )  # fmt: skip
         if STUDENT:
             x = -tl.log(student_distance(x, queries_square_ptr, i, n, keys_square_ptr, j, m))
@@ -140,16 +141,21 @@ def _softmax_sums_bwd(
     """
     stripe = tl.program_id(1) * WIDTH
     if QUERIES:
-        i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+        first_i = tl.program_id(0) * ROWS
+        i = first_i + tl.arange(0, ROWS)
+        q = load_rows(
+            queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST
+        )
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         pushed = tl.zeros([ROWS], tl.float32)
         for first_j in range(0, m, COLS):
             j = first_j + tl.arange(0, COLS)
-            k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+            k = load_rows(
+                keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, True, UPCAST
+            )
             s = similarity_tile(
-                q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
-                WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+                q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m,
+                dim, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
             )  # fmt: skip
             g = _softmax_sums_gradient(
                 s, queries_square_ptr, keys_square_ptr, scales_ptr, peak_ptr, weights_ptr,
@@ -157,23 +163,40 @@ def _softmax_sums_bwd(
             )  # fmt: skip
             pushed += tl.sum(g, 1)
             if CHUNKS > 1:
-                k = load_rows(keys_ptr, keys_stride, j, m, stripe, dim, WIDTH, FULL, UPCAST)
+                k = load_rows(
+                    keys_ptr, keys_stride, first_j, m, stripe, dim, COLS, WIDTH, FULL, True, UPCAST
+                )
             acc = into(acc, g, k, GRADIENT_PRECISION)
         if STUDENT:
-            q = load_rows(queries_ptr, queries_stride, i, n, stripe, dim, WIDTH, FULL, UPCAST)
+            q = load_rows(
+                queries_ptr,
+                queries_stride,
+                first_i,
+                n,
+                stripe,
+                dim,
+                ROWS,
+                WIDTH,
+                FULL,
+                True,
+                UPCAST,
+            )
             acc -= q.to(tl.float32) * pushed[:, None]
         store_rows(gradient_ptr, i, n, stripe, dim, acc, WIDTH)
     else:
-        j = tl.program_id(0) * COLS + tl.arange(0, COLS)
-        k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+        first_j = tl.program_id(0) * COLS
+        j = first_j + tl.arange(0, COLS)
+        k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, True, UPCAST)
         acc = tl.zeros([COLS, WIDTH], tl.float32)
         pushed = tl.zeros([COLS], tl.float32)
         for first_i in range(0, n, ROWS):
             i = first_i + tl.arange(0, ROWS)
-            q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+            q = load_rows(
+                queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST
+            )
             s = similarity_tile(
-                q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
-                WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+                q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m,
+                dim, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
             )  # fmt: skip
             g = _softmax_sums_gradient(
                 s, queries_square_ptr, keys_square_ptr, scales_ptr, peak_ptr, weights_ptr,
@@ -181,10 +204,24 @@ def _softmax_sums_bwd(
             )  # fmt: skip
             pushed += tl.sum(g, 0)
             if CHUNKS > 1:
-                q = load_rows(queries_ptr, queries_stride, i, n, stripe, dim, WIDTH, FULL, UPCAST)
+                q = load_rows(
+                    queries_ptr,
+                    queries_stride,
+                    first_i,
+                    n,
+                    stripe,
+                    dim,
+                    ROWS,
+                    WIDTH,
+                    FULL,
+                    True,
+                    UPCAST,
+                )
             acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
         if STUDENT:
-            k = load_rows(keys_ptr, keys_stride, j, m, stripe, dim, WIDTH, FULL, UPCAST)
+            k = load_rows(
+                keys_ptr, keys_stride, first_j, m, stripe, dim, COLS, WIDTH, FULL, True, UPCAST
+            )
             acc -= k.to(tl.float32) * pushed[:, None]
         store_rows(gradient_ptr, j, m, stripe, dim, acc, WIDTH)
 
@@ -264,8 +301,9 @@ def _recursion_fwd(
     b_t = w_t + (1 − α) b_{t+1}, x = S − peak:
     loss = Σ_t Σ_j p_t w_t,  pull_t = α Σ_j q_t b_{t+1},  slope_t = Σ_j x (α q_t b_{t+1} − p_t)
     """
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+    first_i = tl.program_id(0) * ROWS
+    i = first_i + tl.arange(0, ROWS)
+    q = load_rows(queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST)
     peak = tl.load(peak_ptr + i, mask=i < n, other=0.0)[:, None]
     log_mass = tl.load(log_mass_ptr + i, mask=i < n, other=0.0)[:, None] * LOG2E
     c_0 = tl.load(scales_ptr) * LOG2E
@@ -278,10 +316,10 @@ def _recursion_fwd(
         slope = slope + (tl.zeros([ROWS], tl.float32),)
     for first_j in range(0, m, COLS):
         j = first_j + tl.arange(0, COLS)
-        k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+        k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, True, UPCAST)
         s = similarity_tile(
-            q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
-            WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+            q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m,
+            dim, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
         )  # fmt: skip
         keep = (j < m)[None, :] & (on_diagonal(i, j, positive_offset) == 0)
         x = tl.where(keep, s - peak, 0.0)
@@ -355,41 +393,63 @@ def _recursion_bwd(
     """One program per block of queries or of keys and stripe of WIDTH: G keys or Gᵀ queries."""
     stripe = tl.program_id(1) * WIDTH
     if QUERIES:
-        i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+        first_i = tl.program_id(0) * ROWS
+        i = first_i + tl.arange(0, ROWS)
+        q = load_rows(
+            queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST
+        )
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         for first_j in range(0, m, COLS):
             j = first_j + tl.arange(0, COLS)
-            k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+            k = load_rows(
+                keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, True, UPCAST
+            )
             s = similarity_tile(
-                q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
-                WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+                q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m,
+                dim, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
             )  # fmt: skip
             g = _recursion_gradient(
                 s, scales_ptr, steeper_ptr, peak_ptr, log_mass_ptr, lighter_ptr, pull_ptr,
                 weights_ptr, at_positive_ptr, i, n, j, m, alpha, positive_offset, DEPTH, DETACH,
             )  # fmt: skip
             if CHUNKS > 1:
-                k = load_rows(keys_ptr, keys_stride, j, m, stripe, dim, WIDTH, FULL, UPCAST)
+                k = load_rows(
+                    keys_ptr, keys_stride, first_j, m, stripe, dim, COLS, WIDTH, FULL, True, UPCAST
+                )
             acc = into(acc, g, k, GRADIENT_PRECISION)
         store_rows(gradient_ptr, i, n, stripe, dim, acc, WIDTH)
     else:
-        j = tl.program_id(0) * COLS + tl.arange(0, COLS)
-        k = load_rows(keys_ptr, keys_stride, j, m, 0, dim, WIDTH, FULL, UPCAST)
+        first_j = tl.program_id(0) * COLS
+        j = first_j + tl.arange(0, COLS)
+        k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, True, UPCAST)
         acc = tl.zeros([COLS, WIDTH], tl.float32)
         for first_i in range(0, n, ROWS):
             i = first_i + tl.arange(0, ROWS)
-            q = load_rows(queries_ptr, queries_stride, i, n, 0, dim, WIDTH, FULL, UPCAST)
+            q = load_rows(
+                queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST
+            )
             s = similarity_tile(
-                q, k, queries_ptr, queries_stride, i, n, keys_ptr, keys_stride, j, m, dim,
-                WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+                q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m,
+                dim, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
             )  # fmt: skip
             g = _recursion_gradient(
                 s, scales_ptr, steeper_ptr, peak_ptr, log_mass_ptr, lighter_ptr, pull_ptr,
                 weights_ptr, at_positive_ptr, i, n, j, m, alpha, positive_offset, DEPTH, DETACH,
             )  # fmt: skip
             if CHUNKS > 1:
-                q = load_rows(queries_ptr, queries_stride, i, n, stripe, dim, WIDTH, FULL, UPCAST)
+                q = load_rows(
+                    queries_ptr,
+                    queries_stride,
+                    first_i,
+                    n,
+                    stripe,
+                    dim,
+                    ROWS,
+                    WIDTH,
+                    FULL,
+                    True,
+                    UPCAST,
+                )
             acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
         store_rows(gradient_ptr, j, m, stripe, dim, acc, WIDTH)
 

@@ -10,20 +10,28 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def load_rows(
     x_ptr,  # [n, dim]
     stride,
-    i,  # [ROWS]
+    first,
     n,
     start,
     dim,
+    COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     FULL: tl.constexpr,  # dim is a multiple of WIDTH
+    MASKED: tl.constexpr,  # some of the rows may be past the last
     UPCAST: tl.constexpr,
-):
-    """Rows i, columns start .. start + WIDTH; zero past the ends."""
+):  # [COUNT, WIDTH]
+    """Rows first .. first + COUNT, columns start .. start + WIDTH; zero past the ends."""
+    local = tl.arange(0, COUNT)
     d = start + tl.arange(0, WIDTH)
-    mask = (i < n)[:, None]
-    if not FULL:
-        mask = mask & (d < dim)[None, :]
-    x = tl.load(x_ptr + i.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0)
+    block_ptr = x_ptr + tl.cast(first, tl.int64) * stride
+    pointers = block_ptr + local.to(tl.int64)[:, None] * stride + d[None, :]
+    if MASKED:
+        mask = (local < n - first)[:, None] & (d < dim)[None, :]
+        x = tl.load(pointers, mask=mask, other=0.0)
+    elif FULL:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=(d < dim)[None, :], other=0.0)
     return x.to(tl.float32) if UPCAST else x
 
 
@@ -33,13 +41,15 @@ def similarity_tile(
     k,  # [COLS, WIDTH]
     queries_ptr,
     queries_stride,
-    i,
+    first_i,
     n,
     keys_ptr,
     keys_stride,
-    j,
+    first_j,
     m,
     dim,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
@@ -49,9 +59,11 @@ def similarity_tile(
     """queries keysᵀ; dims past WIDTH are loaded here, chunk by chunk."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     for chunk in range(1, CHUNKS):
-        start = chunk * WIDTH
-        a = load_rows(queries_ptr, queries_stride, i, n, start, dim, WIDTH, FULL, UPCAST)
-        b = load_rows(keys_ptr, keys_stride, j, m, start, dim, WIDTH, FULL, UPCAST)
+        at = chunk * WIDTH
+        a = load_rows(
+            queries_ptr, queries_stride, first_i, n, at, dim, ROWS, WIDTH, FULL, True, UPCAST
+        )
+        b = load_rows(keys_ptr, keys_stride, first_j, m, at, dim, COLS, WIDTH, FULL, True, UPCAST)
         s = tl.dot(a, tl.trans(b), s, input_precision=PRECISION)
     return s
 
