@@ -17,3 +17,15 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["wide tiles", "tall tiles"])
+def tiles(request, monkeypatch):
+    """Tiles of different heights and widths, small enough for a small problem to need many."""
+    from rkdo_kernels import launch, tiled
+
+    rows, cols = {"wide tiles": (16, 32), "tall tiles": (32, 16)}[request.param]
+    monkeypatch.setattr(launch, "INTERPRETED", launch.Config(rows, cols, 1, 1))
+    monkeypatch.setattr(tiled, "TILE_COLS", cols)
+    monkeypatch.setattr(tiled, "TILE_ROWS", 1)
+    monkeypatch.setattr(tiled, "TILE_BYTES", 3000)
