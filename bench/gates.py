@@ -37,7 +37,9 @@ def no_atomics(found: Resources) -> str:
 
 
 def has_hot_loop(found: Resources) -> str:
-    return "" if found.loop else "no loop holds a matrix instruction"
+    if found.loop or found.variant == "ones":  # of one pass, which is no loop
+        return ""
+    return "no loop holds a matrix instruction"
 
 
 def matrix_kind(found: Resources) -> str:
@@ -58,8 +60,7 @@ def wide_loads(found: Resources) -> str:
     """Every byte of an operand comes by a load of 16 bytes."""
     if found.variant != "aligned" or not found.loop or not found.tile:
         return ""
-    entries = found.tile.rows * found.tile.cols
-    wide = found.loop.loads.get(16, 0.0) * 16 * entries
+    wide = found.loop.loads.get(16, 0.0) * 16 * found.tile.entries
     if wide >= 0.99 * found.tile.operand_bytes:
         return ""
     return f"{wide:.0f} of {found.tile.operand_bytes} bytes a tile come by loads of 16 bytes"

@@ -1,14 +1,14 @@
 """Reads machine code: the loop over the keys, and what one pass through it executes.
 
 Understands the SASS that `cuobjdump` prints and the assembly that LLVM prints for AMD. The hot loop
-is found from its back edge: of all ranges from a backward branch's target to the branch, the
-outermost that holds a matrix instruction. The loop over chunks of a wide embedding lies inside it,
-and what it holds counts once a chunk but for the first.
+is found from its back edge: of all loops the outermost that holds a matrix instruction. The loop
+over chunks of a wide embedding lies inside it, and what it holds counts once a chunk but for the
+first.
 
 *Interior* counts are those of a tile that meets neither an edge nor an excluded diagonal: what a
 forward branch inside the loop can skip is left out, unless the skipped part does work that every
-tile needs (a memory access, a special function, a matrix product, a barrier). What sits after the
-program's end (slow paths, waiting loops) is outside the range and so never counted.
+tile needs (a memory access, a special function, a matrix product, a barrier). What the compiler
+moved beyond the program's end (slow paths, waiting) is never counted.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Product:
 class Tile:
     """What one pass of the hot loop computes, by one program."""
 
-    rows: int
-    cols: int
+    own: int  # rows of the operand that the program keeps
+    other: int  # rows of the one that it walks over
     threads: int
     wave: int  # threads that one instruction serves: 32 or 64
     similarity: Product
@@ -63,23 +63,27 @@ class Tile:
 
     @property
     def operand_bytes(self) -> int:
-        """What the program has to load: a tile of keys, and the later chunks of both operands."""
+        """What a pass has to load: rows of the other, and the later chunks of both operands."""
         width = self.similarity.inner // self.chunks
-        rows = self.cols + (self.chunks - 1) * (self.rows + self.cols)
+        rows = self.other + (self.chunks - 1) * (self.own + self.other)
         return rows * width * self.similarity.size
+
+    @property
+    def entries(self) -> int:
+        return self.own * self.other
 
     @property
     def multiply_adds(self) -> int:
         products = [self.similarity, self.gradient]
-        return self.rows * self.cols * sum(p.inner * p.passes for p in products if p)
+        return self.entries * sum(p.inner * p.passes for p in products if p)
 
     @property
     def tcgen05_steps(self) -> float:
         """tcgen05 instructions: 128 rows and 32 bytes of the contracted axis each."""
         deep = self.similarity.inner * self.similarity.passes * self.similarity.size
         if self.gradient:
-            deep += self.cols * self.gradient.passes * self.gradient.size
-        return -(-self.rows // 128) * deep / 32
+            deep += self.other * self.gradient.passes * self.gradient.size
+        return -(-self.own // 128) * deep / 32
 
 
 @dataclass(frozen=True)
@@ -133,55 +137,102 @@ def parse_amdgcn(text: str) -> list[Instruction]:
     ]
 
 
-def loops(program: Sequence[Instruction]) -> list[tuple[int, int]]:
-    """First and last instruction of every loop, one a header."""
-    ends: dict[int, int] = {}
-    for index, instruction in enumerate(program):
-        if instruction.jump is not None and instruction.jump < index:
-            ends[instruction.jump] = max(index, ends.get(instruction.jump, 0))
-    return sorted(ends.items())
+def loops(program: Sequence[Instruction]) -> list[frozenset[int]]:
+    """Every natural loop's instructions, one a header, without what lies beyond the program's end.
+
+    A backward jump alone makes no loop: compilers move rare paths to where they jump back from. In
+    a loop the header dominates what leads back to it: no way goes there but through the header.
+    """
+    starts = sorted(
+        {0}
+        | {x.jump for x in program if x.jump is not None}
+        | {at + 1 for at, x in enumerate(program) if x.jump is not None or ends(x)}
+    )
+    starts = [at for at in starts if at < len(program)]
+    number = {at: block for block, at in enumerate(starts)}
+    stops = [*starts[1:], len(program)]
+    before: list[set[int]] = [set() for _ in starts]
+    for block, stop in enumerate(stops):
+        last = program[stop - 1]
+        if last.jump is not None:
+            before[number[last.jump]].add(block)
+        if block + 1 < len(starts) and not (
+            ends(last) or (last.jump is not None and not last.conditional)
+        ):
+            before[block + 1].add(block)
+    dominators = dominate(before)
+    found = []
+    for header, previous in enumerate(before):
+        body = {header}
+        todo = [block for block in previous if dominators[block] >> header & 1]
+        if not todo:
+            continue
+        while todo:
+            at = todo.pop()
+            if at not in body:
+                body.add(at)
+                todo.extend(before[at])
+        over = next(
+            (block for block in range(header, len(stops)) if ends(program[stops[block] - 1])),
+            len(stops),
+        )
+        found.append(
+            frozenset(
+                at for block in body if block <= over for at in range(starts[block], stops[block])
+            )
+        )
+    return found
 
 
-def interior(program: Sequence[Instruction], first: int, last: int) -> list[int]:
+def dominate(before: list[set[int]]) -> list[int]:
+    """For every block the blocks that every path to it passes, as bits."""
+    everything = (1 << len(before)) - 1
+    result = [1, *[everything] * (len(before) - 1)]
+    changed = True
+    while changed:
+        changed = False
+        for block in range(1, len(before)):
+            common = everything
+            for previous in before[block]:
+                common &= result[previous]
+            common |= 1 << block
+            changed |= common != result[block]
+            result[block] = common
+    return result
+
+
+def ends(instruction: Instruction) -> bool:
+    """Whether nothing follows."""
+    name = instruction.name.split(".")[0]
+    return name in ("EXIT", "RET", "s_endpgm", "BRX") and not instruction.conditional
+
+
+def interior(program: Sequence[Instruction], body: frozenset[int]) -> list[int]:
     """The loop's instructions, without masks that a branch can skip."""
     skipped: set[int] = set()
-    for index in range(first, last):
+    for index in body:
         jump = program[index].jump
-        if jump is None or not program[index].conditional or not index < jump <= last:
+        if jump is None or not program[index].conditional or not index < jump <= max(body):
             continue
         block = range(index + 1, jump)
         if not any(WORK.search(program[at].name) for at in block):
             skipped.update(block)
-    return [index for index in range(first, last + 1) if index not in skipped]
+    return sorted(body - skipped)
 
 
 def hot_loop(program: Sequence[Instruction], tile: Tile) -> Loop | None:
     """None if no loop holds a matrix instruction."""
 
-    def products(index: int) -> float:
-        return multiply_adds(program[index], tile)
+    def products(body: frozenset[int]) -> float:
+        return sum(multiply_adds(program[at], tile) for at in body)
 
-    holding = [
-        (first, last)
-        for first, last in loops(program)
-        if any(products(at) for at in range(first, last + 1))
-    ]
-    if not holding:
+    holding = [body for body in loops(program) if products(body)]
+    outermost = [body for body in holding if not any(body < other for other in holding)]
+    if not outermost:
         return None
-    outermost = [
-        (first, last)
-        for first, last in holding
-        if not any(a <= first and last <= b and (a, b) != (first, last) for a, b in holding)
-    ]
-    first, last = max(outermost, key=lambda ends: sum(map(products, range(ends[0], ends[1] + 1))))
-    executed = interior(program, first, last)
-    inside = {
-        at
-        for a, b in holding
-        if first <= a and b <= last and (a, b) != (first, last)
-        for at in range(a, b + 1)
-    }
-    weights = {at: tile.chunks - 1.0 if at in inside else 1.0 for at in executed}
+    hot = max(outermost, key=products)
+    inside = frozenset().union(*(body for body in holding if body < hot))
+    weights = {at: tile.chunks - 1.0 if at in inside else 1.0 for at in interior(program, hot)}
     return count(program, weights, tile)
 
 
@@ -222,7 +273,7 @@ def width(name: str) -> int:
 
 
 def count(program: Sequence[Instruction], weights: dict[int, float], tile: Tile) -> Loop:
-    per_entry = tile.threads / (tile.rows * tile.cols)
+    per_entry = tile.threads / tile.entries
     slots = special = matrix = products = local = 0.0
     kinds: set[str] = set()
     loads: Counter[int] = Counter()
@@ -258,7 +309,12 @@ def count(program: Sequence[Instruction], weights: dict[int, float], tile: Tile)
 def kind(name: str) -> str:
     if "xf32" in name:
         return "mfma in one tf32 pass"
-    for prefix, label in (("HGMMA", "wgmma"), ("UTC", "tcgen05"), ("HMMA", "mma"), ("v_mfma", "mfma")):
+    for prefix, label in (
+        ("HGMMA", "wgmma"),
+        ("UTC", "tcgen05"),
+        ("HMMA", "mma"),
+        ("v_mfma", "mfma"),
+    ):
         if name.startswith(prefix):
             return label
     return name

@@ -133,9 +133,10 @@ def compile_case(
 
 def table_entry(table: str, like: torch.Tensor, target: str) -> launch.Config:
     """The launch table's, by architecture where it knows architectures."""
-    if "arch" in inspect.signature(launch.launch_config).parameters:
-        return launch.launch_config(table, like, arch=target)
-    return launch.launch_config(table, like)
+    look_up: Any = launch.launch_config
+    if "arch" in inspect.signature(look_up).parameters:
+        return look_up(table, like, arch=target)
+    return look_up(table, like)
 
 
 def specialise(case: Case, dtype: str, constants: dict[str, Any], variant: str) -> ASTSource:

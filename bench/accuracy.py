@@ -1,0 +1,68 @@
+"""The yardstick: a contender's error against float64, beside eager PyTorch's in the same dtype.
+
+    error ≤ 2 · (eager's error) + one ulp of the largest true entry
+
+for the loss and for every gradient, errors and magnitudes being maxima over the tensor. bfloat16
+and float16 losses are held to float32's: the public losses return float32. Truth and eager's error
+come by blocks of rows, so that they exist where the materialised loss no longer fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .contenders import Contender, Loss, in_chunks
+
+BLOCK = 512  # rows
+ROUNDING = 64 * torch.finfo(torch.float64).eps  # the truth's own, times 1/τ ≤ 100
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Largest errors ÷ the largest true entry, and by how much of the limit."""
+
+    value: float
+    gradient: float
+    limit_used: float  # above 1: wrong
+
+
+def evaluate(loss: Loss, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    value = loss(leaves["queries"], leaves["keys"])
+    gradients = torch.autograd.grad(value, list(leaves.values()))
+    return {"value": value.detach(), **dict(zip(inputs, gradients, strict=True))}
+
+
+def truth(contender: Contender, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    exact = {name: x.detach().to(dtype) for name, x in inputs.items()}
+    return evaluate(in_chunks(contender.rows, contender.symmetric, BLOCK), exact)
+
+
+def eager_in(contender: Contender, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = truth(contender, inputs, inputs["queries"].dtype)
+    if inputs["queries"].dtype.itemsize == 2:
+        found["value"] = truth(contender, inputs, torch.float32)["value"]
+    return found
+
+
+def judge(found: dict[str, Tensor], eager: dict[str, Tensor], true: dict[str, Tensor]) -> Accuracy:
+    relative: dict[str, float] = {}
+    used = 0.0
+    for name, exact in true.items():
+        size = largest(exact)
+        error = largest(found[name].double() - exact)
+        eagers = largest(eager[name].double() - exact)
+        ulp = torch.finfo(eager[name].dtype).eps * size
+        limit = 2 * (eagers if eagers < float("inf") else 0.0) + ulp + 100 * ROUNDING
+        share = error / limit
+        used = max(used, share if share == share else float("inf"))  # NaN is no number to compare
+        relative[name] = error / size if size else error
+    gradients = [error for name, error in relative.items() if name != "value"]
+    return Accuracy(relative["value"], max(gradients), used)
+
+
+def largest(x: Tensor) -> float:
+    return float(x.abs().max())

@@ -1,0 +1,152 @@
+"""Correctness of every path in compiled form on a GPU: each check answers in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import rkdo_kernels
+from rkdo_kernels import reference
+
+from . import accuracy, contenders, gpu_timing
+from .contenders import Contender
+from .measure import DTYPES, forward_and_backward
+from .problems import two_views
+
+SHAPES = ((1, 1), (3, 31), (64, 64), (129, 200), (1000, 100), (1024, 512))
+RERUNS = 250
+BEYOND = 46_341  # N with N² > 2³¹
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    detail: str
+
+
+def paths() -> dict[str, Contender]:
+    """Every path through the kernels, as a loss beside its materialised truth."""
+    moments, direct = rkdo_kernels.rkdo_loss, partial(rkdo_kernels.rkdo_loss, bound=None)
+    both = {
+        "rkdo, moments": (moments, reference.rkdo_loss),
+        "rkdo, depth 8": (
+            partial(moments, depth=8),
+            partial(reference.rkdo_loss, depth=8),
+        ),
+        "rkdo, direct": (direct, reference.rkdo_loss),
+        "rkdo, τ = 0.01": (
+            partial(moments, temperature=0.01),
+            partial(reference.rkdo_loss, temperature=0.01),
+        ),
+        "rkdo, detached": (
+            partial(moments, detach_target=True),
+            partial(reference.rkdo_loss, detach_target=True),
+        ),
+        "rkdo, direct, detached": (
+            partial(direct, detach_target=True),
+            partial(reference.rkdo_loss, detach_target=True),
+        ),
+        "info_nce": (rkdo_kernels.info_nce, reference.info_nce),
+        "info_nce, no bound": (partial(rkdo_kernels.info_nce, bound=None), reference.info_nce),
+        "icon, gaussian": (rkdo_kernels.icon_loss, reference.icon_loss),
+        "icon, student": (
+            partial(rkdo_kernels.icon_loss, kernel="student"),
+            partial(reference.icon_loss, kernel="student"),
+        ),
+    }
+    return {name: contenders.ours(loss, rows) for name, (loss, rows) in both.items()}
+
+
+def guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as error:  # a crash is a failed check, and the next one still runs
+        text = next(iter(str(error).splitlines()), "")
+        return Check(name, False, f"{type(error).__name__}: {text[:160]}")
+    finally:
+        torch.cuda.empty_cache()
+
+
+def run() -> Iterator[Check]:
+    for name, contender in paths().items():
+        for dtype in DTYPES:
+            for n, d in SHAPES:
+                label = f"accuracy: {name}, {dtype}, {n}×{d}"
+                yield guarded(label, partial(accurate, label, contender, n, d, dtype))
+    for name, contender in paths().items():
+        label = f"{RERUNS} reruns bitwise: {name}, bf16, 1000×100"
+        yield guarded(label, partial(bitwise, label, contender))
+        label = f"CUDA graph: {name}, fp32, 129×64"
+        yield guarded(label, partial(in_a_graph, label, contender))
+    for name in ("rkdo, moments", "info_nce", "rkdo, direct", "icon, student"):
+        n = BEYOND + 59
+        label = f"N·M past 2³¹: {name}, bf16, {n}×64"
+        yield guarded(label, partial(accurate, label, paths()[name], n, 64, "bf16"))
+    for name in ("rkdo, moments", "rkdo, direct"):
+        label = f"offsets past 2³¹: {name}, bf16, rows 2²⁰ elements apart"
+        yield guarded(label, partial(far_apart, label, paths()[name]))
+
+
+def loss_of(contender: Contender, n: int) -> contenders.Loss:
+    return contender.make(n, torch.device("cuda"))
+
+
+def accurate(label: str, contender: Contender, n: int, d: int, dtype: str) -> Check:
+    inputs = two_views(n, d, DTYPES[dtype], "cuda")
+    return compare(label, contender, inputs, accuracy.evaluate(loss_of(contender, n), inputs))
+
+
+def compare(
+    label: str, contender: Contender, inputs: dict[str, Tensor], found: dict[str, Tensor]
+) -> Check:
+    true = accuracy.truth(contender, inputs, torch.float64)
+    errors = accuracy.judge(found, accuracy.eager_in(contender, inputs), true)
+    detail = f"loss {errors.value:.1e}, gradient {errors.gradient:.1e}"
+    return Check(label, errors.limit_used <= 1, f"{detail}, {errors.limit_used:.2f} of the limit")
+
+
+def far_apart(label: str, contender: Contender) -> Check:
+    """2304 rows of 64, 2²⁰ elements from one to the next: the last starts past 2³¹."""
+    n, d, apart = 2304, 64, 1 << 20
+    near = two_views(n, d, torch.bfloat16, "cuda")
+    room = torch.empty(n * apart, dtype=torch.bfloat16, device="cuda")
+    far = room.as_strided((n, d), (apart, 1))
+    far.copy_(near["keys"].detach())
+    inputs = {"queries": near["queries"], "keys": far}
+    found = accuracy.evaluate(loss_of(contender, n), inputs)
+    return compare(label, contender, near, found)
+
+
+def bitwise(label: str, contender: Contender) -> Check:
+    inputs = two_views(1000, 100, torch.bfloat16, "cuda")
+    loss = loss_of(contender, 1000)
+    first = accuracy.evaluate(loss, inputs)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(RERUNS):
+        again = accuracy.evaluate(loss, inputs)
+        for name, x in first.items():
+            differing += (again[name] != x).sum()
+    count = int(differing)
+    return Check(label, count == 0, f"{count} entries differ")
+
+
+def in_a_graph(label: str, contender: Contender) -> Check:
+    """Captured once, replayed on other numbers: the same bits as without a graph."""
+    inputs, others = (two_views(129, 64, torch.float32, "cuda", seed=seed) for seed in (0, 1))
+    loss = loss_of(contender, 129)
+    replay = gpu_timing.replayed(partial(forward_and_backward, loss, inputs))
+    with torch.no_grad():
+        for name, x in inputs.items():
+            x.copy_(others[name])
+    for _ in range(3):
+        replay()
+    torch.cuda.synchronize()
+    plain = forward_and_backward(loss, others)
+    kept = replay.kept  # type: ignore[attr-defined]
+    same = all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+    return Check(label, same, "same bits as without" if same else "differs from the call without")

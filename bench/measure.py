@@ -1,0 +1,241 @@
+"""Measures the contenders of a problem: accuracy first, then time side by side, then memory.
+
+Times are of forward and backward on leaves. The contenders take turns, in an order that reverses
+every round, so that a machine that slows down slows all of them. pytest-benchmark's fixture runs
+one contender to its end before the next; its statistics are used, its loop cannot be.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from pytest_benchmark.stats import Stats
+from torch import Tensor
+
+from . import accuracy, memory
+from .cases import Case
+from .contenders import Contender, Loss, Unavailable
+from .gpu_timing import DeviceTimer, floor_seconds, replayed
+from .record import Result
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAMPLE = 5e-3  # seconds a CPU sample lasts at least
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure a problem."""
+
+    seconds: float = 8.0  # a contender
+    rounds: int = 40  # at most
+    least: int = 5  # at least, whatever it takes
+    memory: bool = True
+
+
+QUICK = Effort(seconds=1.5, rounds=15, least=3)
+
+
+@dataclass
+class Entrant:
+    contender: Contender
+    step: Callable[[], Any]  # forward and backward
+    result: Result
+    samples: Stats
+    repeats: int = 1
+    variant: int | None = None
+    failure: dict[str, Any] | None = None  # on the way
+
+
+def measure(
+    case: Case,
+    n: int,
+    d: int,
+    dtype: str,
+    device: str,
+    effort: Effort,
+    about: dict[str, Any],
+    skip: Container[str] = (),
+) -> Iterator[Result]:
+    """One result a contender, as soon as it is known: those that cannot run first."""
+    inputs = case.inputs(n, d, DTYPES[dtype], device)
+    entrants = []
+    known: dict[Any, Any] = {}  # truth and eager's error, by what they are of
+    for contender in case.contenders:
+        on_gpu = device == "cuda"
+        if contender.name in skip or contender.graph > on_gpu or on_gpu > contender.judged:
+            continue
+        found = Result(case.name, contender.name, n, d, dtype, "ok", **about)
+        try:
+            entrants.append(enter(contender, inputs, found, known))
+        except Exception as error:
+            yield replace(found, **failure(error))
+        release(device)
+    if not entrants:
+        return
+    take_turns(entrants, device, effort)
+    floor = floor_of(case, n, d, dtype, device, entrants)
+    for entrant in entrants:
+        found = replace(entrant.result, floor=floor)
+        if entrant.failure:
+            yield replace(found, **entrant.failure)
+            continue
+        found = replace(found, **percentiles(entrant.samples))
+        if device == "cuda":
+            found = replace(found, wall=wall_time(entrant.step))
+            if not entrant.contender.graph:
+                found = replace(found, peak_bytes=memory.on_gpu(entrant.step))
+        elif effort.memory and entrant.contender.judged:
+            peak = memory.apart(case, entrant.contender, entrant.variant, n, d, dtype)
+            found = replace(found, peak_bytes=peak)
+        yield found
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """Out of memory is a result, and so is everything else that keeps a contender from running."""
+    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    if isinstance(error, Unavailable):
+        return {"status": "unavailable", "detail": text}
+    starved = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    if starved or "not enough memory" in str(error) or "out of memory" in str(error).lower():
+        return {"status": "oom", "detail": "out of memory"}
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return {"status": "unavailable", "detail": f"torch.compile: {text[:160]}"}
+    return {"status": "failed", "detail": f"{type(error).__name__}: {text[:160]}"}
+
+
+def enter(
+    contender: Contender,
+    inputs: dict[str, Tensor],
+    result: Result,
+    known: dict[Any, Any],
+) -> Entrant:
+    """Warm, judged, and with its best variant; raises what the contender raises."""
+    queries = inputs["queries"]
+    n, device = len(queries), queries.device
+    variant, detail = None, ""
+    if contender.variants:
+        variant = best_variant(contender, inputs)
+        detail = f"chunk {variant}"
+    loss = build(contender, n, device, variant)
+    found = accuracy.evaluate(loss, inputs)
+    result = replace(result, detail=detail)
+    if contender.judged:
+        about = (contender.rows, contender.symmetric)
+        if about not in known:
+            true = accuracy.truth(contender, inputs, torch.float64)
+            known[about] = true, accuracy.eager_in(contender, inputs)
+        true, eager = known[about]
+        errors = accuracy.judge(found, eager, true)
+        wrong = not errors.limit_used <= 1
+        result = replace(
+            result,
+            status="wrong" if wrong else "ok",
+            value_error=errors.value,
+            gradient_error=errors.gradient,
+            limit_used=errors.limit_used,
+        )
+    step: Callable[[], Any] = partial(forward_and_backward, loss, inputs)
+    if contender.graph:
+        step = replayed(step)
+    return Entrant(contender, step, result, Stats(), variant=variant)
+
+
+def build(contender: Contender, n: int, device: torch.device, variant: int | None) -> Loss:
+    make: Callable[..., Loss] = contender.make
+    return make(n, device) if variant is None else make(n, device, variant=variant)
+
+
+def best_variant(contender: Contender, inputs: dict[str, Tensor]) -> int:
+    queries = inputs["queries"]
+    fitting = [x for x in contender.variants if x < len(queries)] or contender.variants[:1]
+    times = {}
+    for variant in fitting:
+        step = partial(
+            forward_and_backward, build(contender, len(queries), queries.device, variant), inputs
+        )
+        try:
+            step()
+            times[variant] = min(seconds(step, queries.device.type) for _ in range(2))
+        except (torch.OutOfMemoryError, MemoryError):
+            continue
+    if not times:
+        raise torch.OutOfMemoryError("out of memory with every chunk")
+    return min(times, key=lambda variant: times[variant])
+
+
+def forward_and_backward(loss: Loss, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    leaves = inputs["queries"], inputs["keys"]
+    return torch.autograd.grad(loss(*leaves), leaves)
+
+
+def seconds(step: Callable[[], Any], device: str, repeats: int = 1) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def take_turns(entrants: list[Entrant], device: str, effort: Effort) -> None:
+    """Fills every entrant's samples; what fails on the way drops out."""
+    timer = DeviceTimer() if device == "cuda" else None
+    for entrant in entrants:
+        try:
+            once = seconds(entrant.step, device)
+        except Exception as error:
+            entrant.failure = failure(error)
+            continue
+        entrant.repeats = 1 if timer else max(1, round(SAMPLE / max(once, 1e-7)))
+    deadline = time.monotonic() + effort.seconds * len(entrants)
+    for turn in range(effort.rounds):
+        if turn >= effort.least and time.monotonic() > deadline:
+            break
+        for entrant in entrants[:: -1 if turn % 2 else 1]:
+            if entrant.failure:
+                continue
+            try:
+                if timer:
+                    taken = timer(entrant.step)
+                else:
+                    taken = seconds(entrant.step, device, entrant.repeats)
+                entrant.samples.update(taken)
+            except Exception as error:
+                entrant.failure = failure(error)
+
+
+def percentiles(samples: Stats) -> dict[str, Any]:
+    times = samples.sorted_data
+    cuts = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    p20, _, _, p80 = cuts
+    return {"p20": p20, "p50": samples.median, "p80": p80, "samples": samples.rounds}
+
+
+def floor_of(
+    case: Case, n: int, d: int, dtype: str, device: str, entrants: list[Entrant]
+) -> float | None:
+    """On a CPU what the bare products took beside the others, on a GPU what its rates give."""
+    if device == "cuda":
+        return floor_seconds(case.work, n, d, dtype)
+    for entrant in entrants:
+        if not entrant.contender.judged and entrant.samples:
+            return float(entrant.samples.median)
+    return None
+
+
+def wall_time(step: Callable[[], Any]) -> float:
+    once = seconds(step, "cuda")
+    return seconds(step, "cuda", max(1, min(50, round(0.05 / max(once, 1e-6)))))
+
+
+def release(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,179 @@
+"""Results: one JSON line each, written as soon as it is there."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import BenchError
+
+SCHEMA = 1
+FOLDER = Path(__file__).parent / "results"
+PACKAGES = ("rkdo-kernels", "torch", "triton", "inf-cl")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A contender on a case at a shape. Times are of forward and backward, in seconds a call."""
+
+    case: str
+    contender: str
+    n: int
+    d: int
+    dtype: str
+    status: str  # ok, wrong, oom, unavailable or failed
+    detail: str = ""  # why, or the variant that was fastest
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    samples: int = 0
+    wall: float | None = None  # GPU: seconds a call seen from the host, warm
+    peak_bytes: int | None = None  # above the inputs
+    value_error: float | None = None  # against float64, ÷ the largest true entry
+    gradient_error: float | None = None
+    limit_used: float | None = None  # of the yardstick's limit; above 1 is wrong
+    floor: float | None = None  # the least that the hardware needs, seconds
+    device: str = ""
+    driver: str = ""
+    threads: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    dirty: bool | None = None
+    time: str = ""  # UTC
+    schema: int = SCHEMA
+
+    @property
+    def key(self) -> tuple[str, str, int, int, str]:
+        return self.case, self.contender, self.n, self.d, self.dtype
+
+    @property
+    def problem(self) -> tuple[str, int, int, str]:
+        return self.case, self.n, self.d, self.dtype
+
+
+FIELDS = tuple(x.name for x in fields(Result))
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a result has to say of where and when it was measured."""
+    commit, dirty = revision()
+    return {
+        "device": device_name(device),
+        "driver": driver() if device == "cuda" else "",
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": commit,
+        "dirty": dirty,
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return model
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else model
+
+
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return output(command).splitlines()[0] if output(command) else "unknown"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def revision() -> tuple[str, bool | None]:
+    """The commit, and whether the tree differs from it but for results; unknown outside git."""
+    folder = ["git", "-C", str(Path(__file__).parent.parent)]
+    commit = output([*folder, "rev-parse", "HEAD"])
+    if not commit:
+        return "unknown", None
+    changed = output([*folder, "status", "--porcelain"]).splitlines()
+    return commit, any("bench/results/" not in line for line in changed)
+
+
+def output(command: list[str]) -> str:
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def default_path(device: str) -> Path:
+    """bench/results/cpu-model-2025-01-31.jsonl"""
+    words = device_name(device).lower().replace("(r)", "").replace("(tm)", "")
+    name = "-".join("".join(c if c.isalnum() else " " for c in words).split()[:6])
+    prefix = "gpu" if device == "cuda" else "cpu"
+    return FOLDER / f"{prefix}-{name}-{datetime.date.today().isoformat()}.jsonl"
+
+
+class Writer:
+    """Appends to a new file; every line is on the disk before the next is measured."""
+
+    def __init__(self, path: Path) -> None:
+        if path.exists():
+            raise BenchError(f"{path} exists already: pass another --out")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("x")
+        except OSError as error:
+            raise BenchError(f"--out {path} cannot be written: {error.strerror}") from None
+        self.path = path
+
+    def write(self, result: Result) -> None:
+        self.file.write(json.dumps(asdict(result)) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def read(path: Path) -> list[Result]:
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise BenchError(f"{path}: no such result file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path} cannot be read: {error}") from None
+    return [parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def parse(path: Path, number: int, line: str) -> Result:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        raise BenchError(f"{path}:{number} is not JSON") from None
+    if not isinstance(values, dict) or "schema" not in values:
+        raise BenchError(f"{path}:{number} is not a result of this benchmark")
+    if values["schema"] != SCHEMA:
+        raise BenchError(f"{path}:{number} has schema {values['schema']}, wanted {SCHEMA}")
+    if odd := set(values) ^ set(FIELDS):
+        raise BenchError(f"{path}:{number} has other fields than schema {SCHEMA}: {sorted(odd)}")
+    return Result(**values)
+
+
+def newest(results: Iterable[Result]) -> dict[tuple[str, str, int, int, str], Result]:
+    """One result a contender and problem: the last one read."""
+    return {result.key: result for result in results}
