@@ -1,0 +1,157 @@
+"""Every kernel, interpreted, on tensors that end or begin at a forbidden page; see test_bounds.
+
+python memory_guard.py all|read|write|far [end|start]
+"""
+
+import ctypes
+import math
+import mmap
+import sys
+
+import torch
+
+from rkdo_kernels import kernels
+
+PAGE = mmap.PAGESIZE
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mmap.restype = ctypes.c_void_p
+LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+READ_WRITE, PRIVATE_ANONYMOUS, NO_RESERVE = 3, 0x22, 0x4000
+SHAPES = [(1, 1, 1), (3, 5, 31), (64, 64, 16), (33, 65, 70)]
+EMPTY = torch.empty
+
+
+def memory(size):
+    address = LIBC.mmap(None, size, READ_WRITE, PRIVATE_ANONYMOUS | NO_RESERVE, -1, 0)
+    assert address not in (None, ctypes.c_void_p(-1).value)
+    return address
+
+
+def as_tensor(address, size, dtype):
+    return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype)
+
+
+class Guarded:
+    """torch.empty of tensors between two forbidden pages, flush with the one at `side`."""
+
+    def __init__(self, side):
+        self.side, self.kept = side, []
+
+    def empty(self, *shape, dtype=torch.float32, **_):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        size = math.prod(shape) * dtype.itemsize
+        if size == 0:
+            return EMPTY(shape, dtype=dtype)
+        pages = -(-size // PAGE) * PAGE
+        first = memory(pages + 2 * PAGE)
+        for forbidden in (first, first + PAGE + pages):
+            assert LIBC.mprotect(forbidden, PAGE, 0) == 0
+        start = first + PAGE + (pages - size if self.side == "end" else 0)
+        x = as_tensor(start, size, dtype).view(shape)
+        return x.fill_(torch.nan)
+
+    def copy(self, x):
+        return self.empty(*x.shape, dtype=x.dtype).copy_(x)
+
+    def call(self, function, *arguments):
+        """With guarded arguments, and guarded results and temporaries inside."""
+        arguments = [self.copy(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+
+        def new_empty(x, *shape, dtype=None, **_):
+            return self.empty(*shape, dtype=dtype or x.dtype)
+
+        def contiguous(x):
+            return x if x.is_contiguous() else self.copy(x)
+
+        was = torch.Tensor.new_empty, torch.Tensor.contiguous
+        torch.Tensor.new_empty, torch.Tensor.contiguous = new_empty, contiguous
+        try:
+            return function(*arguments)
+        finally:
+            torch.Tensor.new_empty, torch.Tensor.contiguous = was
+
+
+def calls(n, m, d, dtype):
+    """Every launcher with arguments for queries [n, d] and keys [m, d]."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    x = rows(n, d).div(d).to(dtype), rows(m, d).div(d).to(dtype)
+    scales = torch.tensor([2.0, 2.5, 3.0])
+    for exclude in ([], [0], [m - n, 0]):
+        scale = scales[0].clone()
+        yield "moments", (*x, scale, 1.5, 2, exclude)
+        yield "moments_backward", (*x, scale, 1.5, rows(n, 3), exclude)
+        yield "softmax_sums", (*x, scales, False, exclude)
+        yield (
+            "softmax_sums_backward",
+            (*x, scales, False, exclude, rows(n), rows(n, 3), rows(n)),
+        )
+    yield "softmax_sums", (*x, scales, True, [])
+    yield "softmax_sums_backward", (*x, scales, True, [], -rows(n), rows(n, 3), rows(n))
+    for detach in (False, True):
+        call = (*x, scales, 0.5, m - n, detach, 1 + rows(n), 3 + rows(n, 3))
+        yield "recursion", call
+        yield "recursion_backward", (*call, rows(n, 2), rows(n), rows(n))
+
+
+def results(found):
+    return found if isinstance(found, tuple) else (found,)
+
+
+def run_all(side):
+    guarded = Guarded(side)
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, arguments in calls(*shape, dtype):
+                print(name, shape, str(dtype).removeprefix("torch."), flush=True)
+                function = getattr(kernels, name)
+                wanted = results(function(*arguments))
+                found = results(guarded.call(function, *arguments))
+                for a, b in zip(found, wanted, strict=True):
+                    assert a.shape == b.shape
+                    assert b.isfinite().all()
+                    assert torch.equal(a, b)
+
+
+def run_far():
+    """Rows so far apart that offsets pass 32 bits; pages that nobody uses cost nothing."""
+    for dtype in (torch.float32, torch.bfloat16):
+        n, d, stride = 5, 20, (1 << 29) + 16
+        size = ((n - 1) * stride + d) * dtype.itemsize
+        for name, arguments in calls(n, n, d, dtype):
+            print(name, dtype, flush=True)
+            function = getattr(kernels, name)
+            wanted = results(function(*arguments))
+            for operand in (0, 1):
+                address = memory(size)
+                far = as_tensor(address, size, dtype).as_strided((n, d), (stride, 1))
+                far.copy_(arguments[operand])
+                moved = list(arguments)
+                moved[operand] = far
+                found = results(function(*moved))
+                for a, b in zip(found, wanted, strict=True):
+                    assert torch.equal(a, b)
+                LIBC.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
+
+
+def main(what, side="end"):
+    if what == "all":
+        run_all(side)
+    elif what == "far":
+        run_far()
+    else:
+        x = Guarded(side).empty(10)
+        beyond = x.data_ptr() + (x.numel() * 4 if side == "end" else -4)
+        if what == "read":
+            ctypes.c_float.from_address(beyond).value  # noqa: B018
+        else:
+            ctypes.c_float.from_address(beyond).value = 1.0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,78 @@
+"""Two ranks against one: the same loss and the same gradients, in float64."""
+
+import socket
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from accuracy import sample_views
+
+from rkdo_kernels import info_nce, rkdo_loss
+from rkdo_kernels.distributed import gather_keys
+
+ROWS = 6
+LOSSES = {
+    "rkdo": rkdo_loss,
+    "direct": lambda *x, **s: rkdo_loss(*x, bound=None, **s),
+    "nce": info_nce,
+}
+
+
+def whole_views():
+    return tuple(
+        x.cpu().requires_grad_() for x in sample_views(2 * ROWS, 5, torch.float64).values()
+    )
+
+
+def run_rank(rank, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mine = slice(rank * ROWS, (rank + 1) * ROWS)
+    results = {}
+    for name, loss in LOSSES.items():
+        queries, keys = (x.detach()[mine].clone().requires_grad_() for x in whole_views())
+        all_keys, offset = gather_keys(keys)
+        assert offset == rank * ROWS
+        value = loss(queries, all_keys, positive_offset=offset)
+        value.backward()
+        results[name] = value.detach(), queries.grad, keys.grad, all_keys.detach()
+
+    # what each rank's loss says of each key, with weights that differ between ranks
+    keys = torch.arange(ROWS * 2, dtype=torch.float64).view(ROWS, 2).add(100 * rank)
+    keys = keys.T.contiguous().T.requires_grad_()  # not contiguous
+    all_keys, _ = gather_keys(keys, dist.group.WORLD)
+    weights = torch.arange(all_keys.numel(), dtype=torch.float64).view(all_keys.shape) * (rank + 1)
+    (all_keys * weights).sum().backward()
+    results["weighted"] = all_keys.detach(), keys.grad
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_are_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(run_rank, args=(port, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, loss in LOSSES.items():
+        queries, keys = whole_views()
+        value = loss(queries, keys)
+        value.backward()
+        values, d_queries, d_keys, all_keys = zip(*(rank[name] for rank in ranks), strict=True)
+        assert all(torch.equal(x, keys.detach()) for x in all_keys)
+        # the mean over ranks, as DDP takes it, of the means over a rank's rows
+        assert abs(sum(values) / 2 - value.detach()) <= 1e-12
+        assert float((torch.cat(d_queries) / 2 - queries.grad).abs().max()) <= 1e-12
+        assert float((torch.cat(d_keys) / 2 - keys.grad).abs().max()) <= 1e-12
+    gathered, gradients = zip(*(rank["weighted"] for rank in ranks), strict=True)
+    own = torch.arange(ROWS * 2, dtype=torch.float64).view(ROWS, 2)
+    assert all(torch.equal(x, torch.cat([own, own + 100])) for x in gathered)
+    weights = torch.arange(ROWS * 4, dtype=torch.float64).view(2 * ROWS, 2)
+    assert torch.equal(torch.cat(gradients), 3 * weights)
+
+
+def test_without_a_process_group_keys_stay_what_they_are():
+    keys = torch.ones(3, 2, requires_grad=True)
+    found, offset = gather_keys(keys)
+    assert found is keys
+    assert offset == 0
