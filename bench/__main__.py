@@ -16,15 +16,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["static"]:
-            from . import static_table
+            from .static_table import main as static
 
-            return static_table.main(arguments[1:])
+            return static(arguments[1:])
         if arguments[:1] == ["plot"]:
             return plot(arguments[1:])
         if arguments[:1] == ["gpu"]:
-            from . import gpu
+            from .gpu import main as gpu
 
-            return gpu.main(arguments[1:])
+            return gpu(arguments[1:])
         return run(arguments)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)

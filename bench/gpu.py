@@ -25,8 +25,10 @@ MINUTES = 8.0
 CHECKS_SHARE = 0.45  # of the time, at most
 EFFORT = Effort(seconds=0.5, rounds=30, least=5)
 SLOW = frozenset({"compiled"})  # half a minute of compiling a shape
-PLAN = (  # the most telling first: case, dtype, (N, d), what is left out
-    ("rkdo_loss", "bf16", ((64, 64), (4096, 64)), frozenset()),
+PLAN: tuple[
+    tuple[str, str, tuple[tuple[int, int], ...], frozenset[str]], ...
+] = (  # the most telling first: case, dtype, (N, d), what is left out
+    ("rkdo_loss", "bf16", ((64, 64), (4096, 64)), frozenset[str]()),
     ("rkdo_loss", "bf16", ((65536, 64), (65536, 512), (16384, 64), (1024, 64)), SLOW),
     ("depth", "bf16", ((2048, 64), (16384, 64)), SLOW),
     ("clip", "bf16", ((65536, 512), (4096, 512)), SLOW),

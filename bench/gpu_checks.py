@@ -13,7 +13,7 @@ import rkdo_kernels
 from rkdo_kernels import reference
 
 from . import accuracy, contenders, gpu_timing
-from .contenders import Contender
+from .contenders import Contender, RowLoss
 from .measure import DTYPES, forward_and_backward
 from .problems import two_views
 
@@ -32,7 +32,7 @@ class Check:
 def paths() -> dict[str, Contender]:
     """Every path through the kernels, as a loss beside its materialised truth."""
     moments, direct = rkdo_kernels.rkdo_loss, partial(rkdo_kernels.rkdo_loss, bound=None)
-    both = {
+    both: dict[str, tuple[RowLoss, RowLoss]] = {
         "rkdo, moments": (moments, reference.rkdo_loss),
         "rkdo, depth 8": (
             partial(moments, depth=8),

@@ -136,6 +136,7 @@ def enter(
         result = replace(
             result,
             status="wrong" if wrong else "ok",
+            detail=f"{errors.limit_used:.3g} × the limit" if wrong else detail,
             value_error=errors.value,
             gradient_error=errors.gradient,
             limit_used=errors.limit_used,

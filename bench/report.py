@@ -29,21 +29,20 @@ def line(result: Result, found: list[Result]) -> tuple[str, ...]:
     error = ""
     if result.value_error is not None and result.gradient_error is not None:
         error = f"{result.value_error:.0e} {result.gradient_error:.0e}"
-    remark = result.detail
-    if result.status != "ok":
-        remark = f"{result.status.upper()}: {result.detail}" if result.detail else result.status
+    right = result.status == "ok"
+    remark = result.detail if right else f"{result.status.upper()} {result.detail}".strip()
     return (
         result.case,
         str(result.n),
         str(result.d),
         result.dtype,
         result.contender,
-        duration(result.p50),
-        spread,
+        duration(result.p50) if right else "",
+        spread if right else "",
         f"{ratio:.2f}" if ratio else "",
         size(result.peak_bytes),
         error,
-        remark.removeprefix("WRONG: ") if result.status == "ok" else remark,
+        remark,
     )
 
 

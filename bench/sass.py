@@ -14,7 +14,7 @@ moved beyond the program's end (slow paths, waiting) is never counted.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -276,8 +276,8 @@ def count(program: Sequence[Instruction], weights: dict[int, float], tile: Tile)
     per_entry = tile.threads / tile.entries
     slots = special = matrix = products = local = 0.0
     kinds: set[str] = set()
-    loads: Counter[int] = Counter()
-    shared: Counter[int] = Counter()
+    loads: dict[int, float] = defaultdict(float)
+    shared: dict[int, float] = defaultdict(float)
     for index, weight in weights.items():
         instruction = program[index]
         name = instruction.name

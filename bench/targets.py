@@ -76,7 +76,7 @@ def predict(target: Target, tile: Tile, loop: Loop) -> dict[str, float]:
     for product in (tile.similarity, tile.gradient):
         if product:
             rate = target.matrix[rate_name(target, product.size)]
-            matrix += 2 * product.inner * product.passes / rate
+            matrix += loop.multiply_adds * 2 * product.inner * product.passes / rate
     shared = sum(size * n for size, n in loop.shared.items())
     return {
         "issue": loop.slots / (each * target.lanes),
