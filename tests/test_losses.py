@@ -339,3 +339,11 @@ def test_results_are_the_same_every_time(path, on_path):
     for function in (rkdo_loss, icon_loss, info_nce):
         first, again = (evaluate(lambda f=function, **x: f(**x, **path), views) for _ in range(2))
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("alpha", [0, 0.5])
+def test_probabilities_that_no_float_holds(alpha, path, on_path):
+    """At τ = 0.001 a positive may be exp(−2000) as likely as another key; the loss is finite."""
+    settings = {"temperature": 0.001, "alpha": alpha, "cooling": 0.3}
+    hold(rkdo_loss, reference.rkdo_loss, sample_views(20, 3), on_path(path), **settings)
