@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +83,8 @@ def eager(rows: RowLoss, symmetric: bool = False) -> Contender:
 
 def compiled(rows: RowLoss, symmetric: bool = False) -> Contender:
     def make(n: int, device: torch.device) -> Loss:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         torch._dynamo.reset()
         return torch.compile(mean_of(rows, symmetric), dynamic=False)
 

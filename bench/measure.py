@@ -26,6 +26,7 @@ from .record import Result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE = 5e-3  # seconds a CPU sample lasts at least
+BRIEF = 0.1  # seconds: a shorter call runs once untimed first, so that caches are its own
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Entrant:
     result: Result
     samples: Stats
     repeats: int = 1
+    brief: bool = False
     variant: int | None = None
     failure: dict[str, Any] | None = None  # on the way
 
@@ -195,6 +197,7 @@ def take_turns(entrants: list[Entrant], device: str, effort: Effort) -> None:
         except Exception as error:
             entrant.failure = failure(error)
             continue
+        entrant.brief = once < BRIEF
         entrant.repeats = 1 if timer else max(1, round(SAMPLE / max(once, 1e-7)))
     deadline = time.monotonic() + effort.seconds * len(entrants)
     for turn in range(effort.rounds):
@@ -207,6 +210,8 @@ def take_turns(entrants: list[Entrant], device: str, effort: Effort) -> None:
                 if timer:
                     taken = timer(entrant.step)
                 else:
+                    if entrant.brief:
+                        entrant.step()
                     taken = seconds(entrant.step, device, entrant.repeats)
                 entrant.samples.update(taken)
             except Exception as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 
 from .cases import CASES, Case
 from .contenders import Contender
@@ -40,8 +41,8 @@ def apart(
     except EOFError:
         return None
     finally:
-        child.terminate()
-        child.join()
+        child.join(10)
+        child.kill()
 
 
 def child_main(
@@ -49,6 +50,7 @@ def child_main(
     threads: int,
 ) -> None:  # fmt: skip
     torch.set_num_threads(threads)
+    inductor.compile_threads = 1  # its pool of processes would outlive this one
     # Blocks past 64 KB go back to the system when they are freed: the warm-up leaves nothing.
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
     found_case = next(x for x in CASES if x.name == case)

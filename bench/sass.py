@@ -209,10 +209,11 @@ def ends(instruction: Instruction) -> bool:
 
 def interior(program: Sequence[Instruction], body: frozenset[int]) -> list[int]:
     """The loop's instructions, without masks that a branch can skip."""
+    last = max(body)
     skipped: set[int] = set()
     for index in body:
         jump = program[index].jump
-        if jump is None or not program[index].conditional or not index < jump <= max(body):
+        if jump is None or not program[index].conditional or not index < jump <= last:
             continue
         block = range(index + 1, jump)
         if not any(WORK.search(program[at].name) for at in block):
