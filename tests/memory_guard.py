@@ -104,7 +104,7 @@ def results(found):
 
 def run_all(side):
     guarded = Guarded(side)
-    for shape in SHAPES:
+    for shape in SHAPES if side == "end" else SHAPES[-1:]:
         for dtype in (torch.float32, torch.bfloat16):
             for name, arguments in calls(*shape, dtype):
                 print(name, shape, str(dtype).removeprefix("torch."), flush=True)

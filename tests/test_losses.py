@@ -237,6 +237,34 @@ def test_similarity_logsumexp(learnable, exclude_self, backend):
         )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("n", "exclude_self"), [(1, False), (2, True)])
+def test_logsumexp_over_one_key_is_its_logit(n, exclude_self, backend):
+    for bound in (1.0, None):
+        settings = {"exclude_self": exclude_self, "temperature": 0.3}
+        assert_as_accurate(
+            lambda s=settings, b=bound, **x: similarity_logsumexp(
+                **x, **s, bound=b, backend=backend
+            ),
+            lambda s=settings, **x: reference.similarity_logsumexp(**x, **s),
+            sample_views(n, 8),
+            scale=4.0,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_keys_does_not_pull_at_the_temperature(backend):
+    views = sample_views(2, 8, m=1)  # the first row's only key is its own
+    temperature = torch.tensor(0.5, device=DEVICE, requires_grad=True)
+    sums = similarity_logsumexp(
+        **views, temperature=temperature, exclude_self=True, bound=None, backend=backend
+    )
+    assert float(sums[0].detach()) == float("-inf")
+    (gradient,) = torch.autograd.grad(sums[1] + torch.where(sums[0] > 0, sums[0], 0), temperature)
+    s = float((views["queries"][1] * views["keys"][0]).sum())
+    assert abs(float(gradient) + 4 * s) <= 2e-6
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_a_row_without_keys_has_no_mass_and_no_gradient(backend):
     views = sample_views(1, 8)
