@@ -21,8 +21,8 @@ from .errors import BenchError
 from .measure import Effort
 from .record import Result, Writer
 
-MINUTES = 8.0
-CHECKS_SHARE = 0.45  # of the time, at most
+MINUTES = 8.3
+CHECKS_SHARE = 0.55  # of the time, at most
 EFFORT = Effort(seconds=0.5, rounds=30, least=5)
 SLOW = frozenset({"compiled"})  # half a minute of compiling a shape
 PLAN: tuple[

@@ -325,7 +325,7 @@ def forbidden(program: Sequence[Instruction]) -> tuple[list[str], list[str]]:
     """Atomics and traps anywhere in the program, but for those that manage tensor memory.
 
     The allocation of tensor memory keeps a bit mask in shared memory with ATOMS.OR and ATOMS.AND,
-    and guards its release with two traps.
+    and guards that with three traps at most.
     """
     managed = sum(1 for x in program if TENSOR_MEMORY.match(x.name))
     atomics = [x.name for x in program if ATOMIC.search(x.name)]
@@ -333,5 +333,5 @@ def forbidden(program: Sequence[Instruction]) -> tuple[list[str], list[str]]:
         atomics = [name for name in atomics if name not in ("ATOMS.OR", "ATOMS.AND")]
     traps = [x.name for x in program if TRAP.match(x.name)]
     if managed:
-        traps = traps[2:]
+        traps = traps[3:]
     return atomics, traps
