@@ -55,6 +55,7 @@ UNREAD = "nobody reads it unless the temperature is learnable"
 EQUIVALENT = [
     ("small", "if learnable else loss.new_zeros(n, depth + 1)", "-", UNREAD),
     ("small", "if learnable else loss.new_zeros(n, depth + 1)", "2", UNREAD),
+    ("primitives", "(offset <= first_j + (COLS - 1) - first_i)", "+", "more tiles are looked at"),
     ("ratios", "w < 30", "<=", "both sides agree there to 1e-13"),
     ("ratios", "w.clamp_max(30)", "31", "the other side is taken from 30 on"),
     (
