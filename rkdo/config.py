@@ -55,7 +55,7 @@ class TrainConfig:
     kernel: Literal["gaussian", "student"] = "gaussian"
     """icon: the learned distribution's kernel."""
 
-    epochs: int = 15
+    epochs: int = 12
     """Passes over the training images, or over STEPS_PER_EPOCH batches."""
     steps_per_epoch: int | None = None
     """Batches in an epoch. None: all the training images; the paper has 11."""

@@ -95,21 +95,21 @@ class Config:
 
 
 # By kernel, bytes an element, and whether the embedding is wider than WIDTHS. Chosen from what the
-# kernels compile to for sm_90 (python -m bench static): the largest tiles without spills.
+# kernels compile to for sm_90 (python -m bench static): the fewest issue slots without spills.
 CONFIGS = {
     ("moments_fwd", 2, False): Config(128, 128, 8, 3),
     ("moments_fwd", 2, True): Config(128, 64, 8, 2),
     ("moments_fwd", 4, False): Config(128, 64, 8, 2),
     ("moments_fwd", 4, True): Config(64, 64, 8, 2),
-    ("moments_bwd", 2, False): Config(128, 64, 8, 3),
+    ("moments_bwd", 2, False): Config(64, 64, 4, 2),
     ("moments_bwd", 2, True): Config(64, 64, 8, 2),
-    ("moments_bwd", 4, False): Config(64, 64, 8, 2),
+    ("moments_bwd", 4, False): Config(64, 32, 4, 2),
     ("moments_bwd", 4, True): Config(64, 32, 8, 1),
     ("softmax_sums", 2, False): Config(128, 64, 8, 3),
     ("softmax_sums", 2, True): Config(64, 64, 8, 2),
     ("softmax_sums", 4, False): Config(64, 64, 8, 2),
     ("softmax_sums", 4, True): Config(64, 32, 8, 2),
-    ("softmax_sums_bwd", 2, False): Config(64, 64, 8, 2),
+    ("softmax_sums_bwd", 2, False): Config(64, 64, 4, 2),
     ("softmax_sums_bwd", 2, True): Config(64, 32, 8, 2),
     ("softmax_sums_bwd", 4, False): Config(64, 32, 8, 2),
     ("softmax_sums_bwd", 4, True): Config(32, 32, 8, 1),
@@ -122,16 +122,34 @@ CONFIGS = {
     ("recursion_bwd", 4, False): Config(32, 32, 8, 2),
     ("recursion_bwd", 4, True): Config(16, 32, 4, 1),
 }
+# Where another architecture needs another tile for the same reasons.
+ARCH_CONFIGS = {
+    ("sm_80", "moments_fwd", 2, False): Config(128, 64, 8, 3),
+    ("sm_100", "moments_fwd", 2, False): Config(128, 64, 8, 3),
+    ("gfx942", "moments_bwd", 2, False): Config(64, 64, 4, 1),
+}
 INTERPRETED = Config(64, 64, 1, 1)
 
 
-def config(kernel: str, own: Tensor) -> Config:
-    return INTERPRETED if triton_status() == "interpreted" else launch_config(kernel, own)
+def config(kernel: str, x: Tensor) -> Config:
+    if triton_status() == "interpreted":
+        return INTERPRETED
+    arch = architecture(x.device.index or 0) if x.device.type == "cuda" else "sm_90"
+    return launch_config(kernel, x, arch)
 
 
-def launch_config(kernel: str, own: Tensor) -> Config:
-    size = own.element_size()
-    return CONFIGS[kernel, size, own.shape[1] > WIDTHS[size]]
+def launch_config(kernel: str, x: Tensor, arch: str = "sm_90") -> Config:
+    key = (kernel, x.element_size(), x.shape[1] > WIDTHS[x.element_size()])
+    return ARCH_CONFIGS.get((arch, *key), CONFIGS[key])
+
+
+@host_constant
+def architecture(device: int) -> str:
+    """The nearest architecture that the launch tables know."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
 def dims(x: Tensor) -> dict[str, Any]:
