@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from rkdo_kernels import kernels
+from rkdo_kernels import direct, kernels
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -64,12 +64,18 @@ class Guarded:
         def contiguous(x):
             return x if x.is_contiguous() else self.copy(x)
 
+        def guarded(prepare):
+            return lambda *arguments: tuple(self.copy(x) for x in prepare(*arguments))
+
         was = torch.Tensor.new_empty, torch.Tensor.contiguous
+        tables = direct.squares, direct.row_tables
         torch.Tensor.new_empty, torch.Tensor.contiguous = new_empty, contiguous
+        direct.squares, direct.row_tables = map(guarded, tables)
         try:
             return function(*arguments)
         finally:
             torch.Tensor.new_empty, torch.Tensor.contiguous = was
+            direct.squares, direct.row_tables = tables
 
 
 def calls(n, m, d, dtype):
