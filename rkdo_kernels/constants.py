@@ -24,9 +24,10 @@ def host_constant(function: Callable[..., R]) -> Callable[..., R]:
     """Cached by the arguments; torch.compile calls it while tracing and keeps what it returns."""
     cached = lru_cache(maxsize=1024)(function)
 
-    @torch.compiler.assume_constant_result
     @wraps(function)
     def constant(*args: Any) -> R:
         return cached(*args)
 
+    # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
+    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return constant

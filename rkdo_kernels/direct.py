@@ -273,7 +273,7 @@ def _recursion_fwd(
     scales_ptr,  # [DEPTH + 1]         in, c_t
     steeper_ptr,  # [DEPTH + 1]        in, c_t − c_0
     peak_ptr,  # [N]                   in
-    log_mass_ptr,  # [N]               in, of q_0
+    share_ptr,  # [N]                  in, 1 / mass of q_0
     lighter_ptr,  # [N, DEPTH + 1]     in, log mass_t − log mass_0
     loss_ptr,  # [N]                   out
     pull_ptr,  # [N, DEPTH]            out
@@ -299,13 +299,13 @@ def _recursion_fwd(
 
     With e_t = q_t / q_0, r_t = p_t / q_0 = (1 − α) r_{t−1} + α e_{t−1}, w_t = log r_t − log e_t and
     b_t = w_t + (1 − α) b_{t+1}, x = S − peak:
-    loss = Σ_t Σ_j p_t w_t,  pull_t = α Σ_j q_t b_{t+1},  slope_t = Σ_j x (α q_t b_{t+1} − p_t)
+    loss = Σ_t Σ_j p_t w_t,  pull_t = α Σ_j q_t b_{t+1},  slope_t = Σ_j x (q_t − p_t + α q_t b_{t+1})
     """
     first_i = tl.program_id(0) * ROWS
     i = first_i + tl.arange(0, ROWS)
     q = load_rows(queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST)
     peak = tl.load(peak_ptr + i, mask=i < n, other=0.0)[:, None]
-    log_mass = tl.load(log_mass_ptr + i, mask=i < n, other=0.0)[:, None] * LOG2E
+    share = tl.load(share_ptr + i, mask=i < n, other=0.0)[:, None]
     c_0 = tl.load(scales_ptr) * LOG2E
     table = i.to(tl.int64) * (DEPTH + 1)
     loss = tl.zeros([ROWS], tl.float32)
@@ -323,7 +323,7 @@ def _recursion_fwd(
         )  # fmt: skip
         keep = (j < m)[None, :] & (on_diagonal(i, j, positive_offset) == 0)
         x = tl.where(keep, s - peak, 0.0)
-        q_0 = tl.where(keep, tl.exp2(x * c_0 - log_mass), 0.0)
+        q_0 = tl.where(keep, tl.exp2(x * c_0) * share, 0.0)
         e = tl.full([ROWS, COLS], 1.0, tl.float32)
         r = tl.zeros([ROWS, COLS], tl.float32)
         ratios = ()
@@ -337,8 +337,8 @@ def _recursion_fwd(
             w = tl.log(tl.maximum(r, TINY)) - log_e
             logs = logs + (w,)
             loss += tl.sum(q_0 * r * w, 1)
-            new_slope = new_slope + (slope[t] - tl.sum(q_0 * r * x, 1),)
             e = tl.exp2(log_e * LOG2E)
+            new_slope = new_slope + (slope[t] + tl.sum(q_0 * (e - r) * x, 1),)
         slope = new_slope
         if not DETACH:
             b = tl.zeros([ROWS, COLS], tl.float32)
@@ -365,7 +365,7 @@ def _recursion_bwd(
     scales_ptr,  # [DEPTH + 1]        in
     steeper_ptr,  # [DEPTH + 1]       in
     peak_ptr,  # [N]                  in
-    log_mass_ptr,  # [N]              in
+    share_ptr,  # [N]                 in
     lighter_ptr,  # [N, DEPTH + 1]    in
     pull_ptr,  # [N, DEPTH]           in
     weights_ptr,  # [N]               in, ∂L/∂loss
@@ -409,7 +409,7 @@ def _recursion_bwd(
                 dim, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
             )  # fmt: skip
             g = _recursion_gradient(
-                s, scales_ptr, steeper_ptr, peak_ptr, log_mass_ptr, lighter_ptr, pull_ptr,
+                s, scales_ptr, steeper_ptr, peak_ptr, share_ptr, lighter_ptr, pull_ptr,
                 weights_ptr, at_positive_ptr, i, n, j, m, alpha, positive_offset, DEPTH, DETACH,
             )  # fmt: skip
             if CHUNKS > 1:
@@ -433,7 +433,7 @@ def _recursion_bwd(
                 dim, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
             )  # fmt: skip
             g = _recursion_gradient(
-                s, scales_ptr, steeper_ptr, peak_ptr, log_mass_ptr, lighter_ptr, pull_ptr,
+                s, scales_ptr, steeper_ptr, peak_ptr, share_ptr, lighter_ptr, pull_ptr,
                 weights_ptr, at_positive_ptr, i, n, j, m, alpha, positive_offset, DEPTH, DETACH,
             )  # fmt: skip
             if CHUNKS > 1:
@@ -460,7 +460,7 @@ def _recursion_gradient(
     scales_ptr,
     steeper_ptr,
     peak_ptr,
-    log_mass_ptr,
+    share_ptr,
     lighter_ptr,
     pull_ptr,
     weights_ptr,
@@ -482,7 +482,7 @@ def _recursion_gradient(
     keep = (j < m)[None, :] & (i < n)[:, None] & (positive == 0)
     x = tl.where(keep, s - row_values(peak_ptr, 1, i, n), 0.0)
     c = tl.load(scales_ptr)
-    q_0 = tl.where(keep, tl.exp2((x * c - row_values(log_mass_ptr, 1, i, n)) * LOG2E), 0.0)
+    q_0 = tl.where(keep, tl.exp2(x * (c * LOG2E)) * row_values(share_ptr, 1, i, n), 0.0)
     e = tl.zeros_like(x) + 1.0
     r = tl.zeros_like(x)
     y = tl.zeros_like(x)
@@ -601,8 +601,9 @@ def recursion_backward(
 
 
 def row_tables(scales: Tensor, peak: Tensor, log_mass: Tensor) -> tuple[Tensor, ...]:
-    """c_t, c_t − c_0, peak, log mass_0, log mass_t − log mass_0: subtracted before rounding."""
-    tables = (scales, scales - scales[0], peak, log_mass[:, 0], log_mass - log_mass[:, :1])
+    """c_t, c_t − c_0, peak, 1 / mass_0, log mass_t − log mass_0: subtracted before rounding."""
+    share = torch.exp(-log_mass[:, 0])
+    tables = (scales, scales - scales[0], peak, share, log_mass - log_mass[:, :1])
     return tuple(x.float().contiguous() for x in tables)
 
 

@@ -113,14 +113,15 @@ def icon_loss(
         return problem.reduce(losses, reduction)
     scale = problem.inverse_temperature()
     if kernel == "student":
-        log_z, total = rows.student_logsumexp(problem)
+        others, total = rows.student_sums(problem)
         positive = -torch.log1p(problem.positive_distances())
+        total = total + positive
     else:
         positive = problem.positive_similarities()
         others = rows.logsumexp(problem, exclude=[problem.offset])
-        log_z = torch.logaddexp(others, scale * positive)
         key_sum = problem.keys.sum(0, dtype=scale.dtype).to(ops.product_dtype(keys))
         total = row_dot(problem.queries, key_sum[None])
+    log_z = torch.logaddexp(others, scale * positive)
     m = problem.keys.shape[0]
     share = torch.full_like(scale, debias / m)
     entropy = torch.special.entr(1 - debias + share) + (m - 1) * torch.special.entr(share)

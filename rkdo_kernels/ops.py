@@ -218,12 +218,13 @@ def recursion(
     through = q[:, :-1] * b
     loss = loss + (p * w).sum(1)
     pull = pull + through
-    at_positive = -(q[:, 1:] * torch.expm1(w)) @ c[1:] + (through - q[:, :-1] * pull) @ c[:-1]
+    change = torch.where(w < 30, -q[:, 1:] * torch.expm1(w.clamp_max(30)), q[:, 1:] - p)  # q − p
+    at_positive = change @ c[1:] + (through - q[:, :-1] * pull) @ c[:-1]
 
     # The scales act through log q = c S − log Z: by S where p and q differ, less the row's mean.
     mean = (slope + x * lift) / log_mass.exp()  # of S − peak under q_t
     tilt = tilt.to(dtype)
-    tilt[:, 1:] += mean[:, 1:] - p * x
+    tilt[:, 1:] += change * x
     tilt[:, :-1] += through * x - pull * mean[:, :-1]
     return loss, tilt, peak, log_mass, pull, at_positive
 

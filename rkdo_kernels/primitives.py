@@ -108,4 +108,5 @@ def student_distance(s, queries_square_ptr, i, n, keys_square_ptr, j, m):
     """1 + ‖zq_i − zk_j‖², [ROWS, COLS]."""
     q = tl.load(queries_square_ptr + i, mask=i < n, other=0.0)
     k = tl.load(keys_square_ptr + j, mask=j < m, other=0.0)
-    return 1.0 + tl.maximum(q[:, None] + k[None, :] - 2.0 * s, 0.0)
+    square = q[:, None] + k[None, :] - 2.0 * s
+    return 1.0 + tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)

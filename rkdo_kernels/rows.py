@@ -100,12 +100,13 @@ def logsumexp(problem: Problem, exclude: Sequence[int]) -> Tensor:  # [N]
     return _from_sums(scale, *sums[:3])
 
 
-def student_logsumexp(problem: Problem) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """log Σ_j (1 + ‖zq_i − zk_j‖²)^(−1/τ) and Σ_j −log(1 + ‖zq_i − zk_j‖²)."""
+def student_sums(problem: Problem) -> tuple[Tensor, Tensor]:  # [N], [N]
+    """log Σ_j (1 + ‖zq_i − zk_j‖²)^(−1/τ) and Σ_j −log(1 + ‖zq_i − zk_j‖²) off the positive."""
     scale = problem.inverse_temperature()
     peak, mass, slope, total = ops.softmax_sums(
-        problem.queries, problem.keys, scale.detach()[None], True, [], problem.backend
-    )
+        problem.queries, problem.keys, scale.detach()[None], True, [problem.offset],
+        problem.backend,
+    )  # fmt: skip
     return _from_sums(scale, peak, mass, slope), total
 
 

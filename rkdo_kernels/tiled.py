@@ -86,17 +86,17 @@ def softmax_sums(
     scales = scales.to(queries.dtype)
     lowest = torch.finfo(queries.dtype).min / 4
     peak = queries.new_full((len(queries), 1), lowest)
-    mass = queries.new_zeros(len(queries), len(scales))
-    slope, total = torch.zeros_like(mass), torch.zeros_like(peak)
+    mass = queries.new_zeros(len(queries), len(scales), dtype=sums(queries))
+    slope, total = torch.zeros_like(mass), torch.zeros_like(mass[:, :1])
     for tile in tiles(queries, keys, buffers=3 if student else 2):
         x, e, rows = tile.similarity(), tile.buffers[1], tile.rows
         if student:
             x = student_distance(tile, x).log_().neg_()
         tile.fill(x, exclude, 0)
-        total[rows] += x.sum(1, keepdim=True)
+        total[rows] += x.sum(1, keepdim=True, dtype=total.dtype)
         tile.fill(x, exclude, lowest)
         risen = torch.maximum(peak[rows], x.amax(1, keepdim=True))
-        fall = peak[rows] - risen
+        fall = (peak[rows] - risen).to(mass.dtype)
         shrink = torch.exp(fall * scales)
         slope[rows] = shrink * (slope[rows] + fall * mass[rows])
         mass[rows] *= shrink
@@ -105,8 +105,8 @@ def softmax_sums(
         for t, c in enumerate(scales):
             torch.mul(x, c, out=e).exp_()
             tile.fill(e, exclude, 0)
-            mass[rows, t] += e.sum(1)
-            slope[rows, t] += e.mul_(x).sum(1)
+            mass[rows, t] += e.sum(1, dtype=mass.dtype)
+            slope[rows, t] += e.mul_(x).sum(1, dtype=mass.dtype)
     return peak[:, 0], mass, slope, total[:, 0]
 
 
@@ -162,13 +162,13 @@ def recursion(
     """The sums of RKDO over the keys that are not the positive; see `Recursion` for b.
 
     loss_i = Σ_t Σ_j p_t log(p_t / q_t),   pull_it = α Σ_j q_t b_{t+1},
-    slope_it = Σ_j (S_ij − peak_i) (α q_t b_{t+1} [t < depth] − p_t [t > 0])
+    slope_it = Σ_j (S_ij − peak_i) (q_t − p_t [t > 0] + α q_t b_{t+1} [t < depth])
     """
     queries, keys = compute(queries), compute(keys)
     depth = len(scales) - 1
-    loss = queries.new_zeros(len(queries))
-    pull = queries.new_zeros(len(queries), depth)
-    slope = queries.new_zeros(len(queries), depth + 1)
+    loss = queries.new_zeros(len(queries), dtype=sums(queries))
+    pull = loss.new_zeros(len(queries), depth)
+    slope = loss.new_zeros(len(queries), depth + 1)
     for tile in tiles(queries, keys, buffers=Recursion.buffers(depth)):
         state = Recursion(tile, scales, alpha, positive_offset, peak, log_mass)
         state.add_sums(loss, pull, slope, detach_target)
@@ -233,7 +233,7 @@ class Recursion:
 
         x = tile.similarity().sub_(peak[rows, None])
         tile.fill(x, self.positive, 0)
-        torch.mul(x, self.scales[0], out=self.q_0).sub_(log_mass[rows, :1]).exp_()
+        torch.mul(x, self.scales[0], out=self.q_0).exp_().mul_(torch.exp(-log_mass[rows, :1]))
         tile.fill(self.q_0, self.positive, 0)
         torch.mul(x, steeper, out=log_e).sub_(lighter)
         torch.exp(log_e, out=self.e)
@@ -252,13 +252,14 @@ class Recursion:
 
     def add_sums(self, loss: Tensor, pull: Tensor, slope: Tensor, detach_target: bool) -> None:
         rows = self.tile.rows
-        loss[rows] += torch.sum(self.w.mul_(self.r), 0, out=self.term).mul_(self.q_0).sum(1)
-        weighted = torch.mul(self.r, self.q_0, out=self.w)
-        slope[rows, 1:] -= weighted.mul_(self.x).sum(2).T
+        term = torch.sum(self.w.mul_(self.r), 0, out=self.term).mul_(self.q_0)
+        loss[rows] += term.sum(1, dtype=loss.dtype)
+        weighted = torch.sub(self.e[1:], self.r, out=self.w).mul_(self.q_0)
+        slope[rows, 1:] += weighted.mul_(self.x).sum(2, dtype=loss.dtype).T
         if not detach_target:
             weighted = torch.mul(self.b, self.e[:-1], out=self.w).mul_(self.q_0)
-            pull[rows] += weighted.sum(2).T
-            slope[rows, :-1] += weighted.mul_(self.x).sum(2).T
+            pull[rows] += weighted.sum(2, dtype=loss.dtype).T
+            slope[rows, :-1] += weighted.mul_(self.x).sum(2, dtype=loss.dtype).T
 
     def gradient(self, pull: Tensor, at_positive: Tensor, detach_target: bool) -> Tensor:
         """∂loss_i/∂S_ij = Σ_{t>0} c_t (q_t − p_t) + Σ_{t<depth} c_t q_t (α b_{t+1} − pull_t)."""
@@ -336,3 +337,8 @@ class Gradients:
 
 def compute(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def sums(x: Tensor) -> torch.dtype:
+    """What a row is added up in; MPS has no float64."""
+    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -35,9 +35,9 @@ def test_the_middle_makes_the_tilts_opposite():
     assert abs(tilts[-1] - tilts[0] - 1.5 * (scales[-1] - scales[0])) <= 1e-14
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 8, 20, 100])
-def test_default_arguments_need_degree_4_at_any_depth(depth):
-    assert chebyshev.rkdo_degree(0.5, scales_for(0.5, 0.1, depth), 1.0) == 4
+@pytest.mark.parametrize(("depth", "degree"), [(1, 5), (2, 5), (3, 4), (8, 4), (20, 4), (100, 4)])
+def test_the_default_temperature_needs_no_more_for_more_depth(depth, degree):
+    assert chebyshev.rkdo_degree(0.5, scales_for(0.5, 0.1, depth), 1.0) == degree
 
 
 def test_the_degree_is_the_least_within_the_tolerance():
