@@ -83,9 +83,9 @@ class TrainConfig:
         for name, hint in get_type_hints(type(self)).items():
             _check_type(name, getattr(self, name), hint)
         _check(self, "image_size", "at least 8", lambda v: v is None or v >= 8)
-        _check(self, "temperature", "above 0", lambda v: v is None or 0 < v < math.inf)
+        _check(self, "temperature", "at least 1e-6", lambda v: v is None or 1e-6 <= v < math.inf)
         _check(self, "alpha", "between 0 and 1", lambda v: 0 <= v <= 1)
-        _check(self, "cooling", "at least 0 and below 1", lambda v: 0 <= v < 1)
+        _check(self, "cooling", "between 0 and 0.999", lambda v: 0 <= v <= 0.999)
         _check(self, "debias", "between 0 and 1", lambda v: 0 <= v <= 1)
         _check(self, "steps_per_epoch", "at least 1", lambda v: v is None or v >= 1)
         _check(self, "batch_size", "at least 2", lambda v: v >= 2)

@@ -122,9 +122,28 @@ class Run:
         return TrainConfig.from_dict(config, str(path))
 
     def open_metrics(self, size: int) -> None:
-        """Go on writing metrics after the first `size` bytes, which the checkpoint vouches for."""
+        """Go on writing metrics after the first `size` bytes, which the checkpoint vouches for.
+
+        Raises:
+            UserError: the file is shorter than that, or not what `write_metrics` writes.
+        """
+        if size:
+            self._check_metrics(size)
         self._lines = self.metrics.open("ab")
-        self._lines.truncate(min(size, self._lines.tell()))
+        self._lines.truncate(size)
+
+    def _check_metrics(self, size: int) -> None:
+        found = self.metrics.read_bytes()[:size] if self.metrics.exists() else b""
+        if len(found) < size:
+            raise UserError(
+                f"{self.metrics} must hold the {size} bytes of metrics up to the checkpoint, "
+                f"got {len(found)}"
+            )
+        try:
+            for line in found.splitlines():
+                json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{self.metrics} holds a line that is not JSON: {error}") from error
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
         assert self._lines is not None

@@ -33,6 +33,7 @@ class State:
     step: int = 0
     evaluated: int = -1  # the last step whose evaluation is in the metrics
     metrics_size: int = 0
+    images: int = 0  # in the training set
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,10 +65,10 @@ def train(
         adam = torch.optim.Adam(
             encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
-        state = State(encoder, adam)
+        state = State(encoder, adam, images=len(data.train.labels))
         with stop.deferred():
             if resume:
-                _restore(run, config, state, steps_per_epoch)
+                _restore(run, config, state, len(data.train.labels), steps_per_epoch)
             ranks.on_first(lambda: _begin(run, config, state, resume))
             try:
                 _train(config, run, state, data, steps_per_epoch, ranks, stop)
@@ -192,7 +193,9 @@ def _begin(run: Run, config: TrainConfig, state: State, resume: bool) -> None:
     run.open_metrics(state.metrics_size)
 
 
-def _restore(run: Run, config: TrainConfig, state: State, steps_per_epoch: int) -> None:
+def _restore(
+    run: Run, config: TrainConfig, state: State, n_images: int, steps_per_epoch: int
+) -> None:
     """Put the last checkpoint into `state`; a run killed before its first starts again."""
     saved = run.load_checkpoint()
     if saved is None:
@@ -201,14 +204,23 @@ def _restore(run: Run, config: TrainConfig, state: State, steps_per_epoch: int) 
         check_resumable(TrainConfig.from_dict(saved["config"], str(run.checkpoint)), config)
         state.encoder.load_state_dict(saved["encoder"])
         state.optimizer.load_state_dict(saved["optimizer"])
-        state.step = saved["step"]
-        state.evaluated = saved["evaluated"]
+        state.step, state.evaluated = saved["step"], saved["evaluated"]
         state.metrics_size = saved["metrics_size"]
+        counts = (state.step, state.evaluated + 1, state.metrics_size, saved["images"])
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError("counts that are not")
+        if state.step and not state.optimizer.state_dict()["state"]:
+            raise ValueError("an optimizer that has not stepped")
         torch.set_rng_state(saved["rng"]["cpu"])
         if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{run.checkpoint} does not fit {run.folder / 'config.json'}") from error
+    if saved["images"] != n_images:
+        raise UserError(
+            f"--data-dir must hold the {saved['images']} training images that the run began with, "
+            f"got {n_images}"
+        )
     if config.epochs * steps_per_epoch < state.step:
         raise UserError(
             f"--epochs must be at least the {math.ceil(state.step / steps_per_epoch)} already "
@@ -226,6 +238,7 @@ def _save(run: Run, config: TrainConfig, state: State) -> None:
             "step": state.step,
             "evaluated": state.evaluated,
             "metrics_size": state.metrics_size,
+            "images": state.images,
             "rng": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -269,7 +282,8 @@ def _stop_if_asked(
         if ranks.first:
             _save(run, config, state)
         raise Stopped(
-            signum, f"stopped after step {state.step}; --resume --out {run.folder} goes on"
+            signum,
+            f"stopped after step {state.step}; rkdo train --resume --out {run.folder} goes on",
         )
 
 

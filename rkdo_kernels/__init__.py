@@ -9,6 +9,8 @@ loss.backward()
 from .losses import icon_loss, info_nce, rkdo_loss, similarity_logsumexp, similarity_moments
 from .modules import IConLoss, InfoNCELoss, RKDOLoss
 
+__version__ = "0.1.0"
+
 __all__ = [
     "IConLoss",
     "InfoNCELoss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -11,13 +12,17 @@ import torch
 R = TypeVar("R")
 
 
-def static(value: Any) -> Any:
-    """A number that torch.compile may have made symbolic, as the constant it is in this call."""
-    if torch.compiler.is_compiling() and isinstance(value, int | float):
-        from torch.fx.experimental.symbolic_shapes import guard_scalar
+def plain(value: Any) -> Any:
+    """A number of NumPy's as Python's own; one that torch.compile made symbolic as a constant."""
+    if isinstance(value, bool | int | float):
+        if torch.compiler.is_compiling():
+            from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-        return guard_scalar(value)
-    return value
+            return guard_scalar(value)
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def host_constant(function: Callable[..., R]) -> Callable[..., R]:

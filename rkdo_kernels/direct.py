@@ -299,7 +299,8 @@ def _recursion_fwd(
 
     With e_t = q_t / q_0, r_t = p_t / q_0 = (1 − α) r_{t−1} + α e_{t−1}, w_t = log r_t − log e_t and
     b_t = w_t + (1 − α) b_{t+1}, x = S − peak:
-    loss = Σ_t Σ_j p_t w_t,  pull_t = α Σ_j q_t b_{t+1},  slope_t = Σ_j x (q_t − p_t + α q_t b_{t+1})
+    loss = Σ_t Σ_j p_t w_t,  pull_t = α Σ_j q_t b_{t+1},
+    slope_t = Σ_j x (q_t − p_t + α q_t b_{t+1})
     """
     first_i = tl.program_id(0) * ROWS
     i = first_i + tl.arange(0, ROWS)

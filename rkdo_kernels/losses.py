@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import checks, launch, ops, reference, rows
-from .constants import static
+from .constants import plain
 from .problem import Problem, row_dot
 
 Reduction = Literal["mean", "sum", "none"]
@@ -52,20 +52,22 @@ def rkdo_loss(
         TypeError: a tensor that is not dense float32, bfloat16, float16 or float64.
         RuntimeError: backend="triton" where Triton cannot run.
     """
-    temperature, bound = static(temperature), static(bound)
-    alpha, depth, cooling = static(alpha), static(depth), static(cooling)
+    temperature, bound = plain(temperature), plain(bound)
+    alpha, depth, cooling = plain(alpha), plain(depth), plain(cooling)
     checks.number("alpha", alpha, 0, at_most=1)
     checks.integer("depth", depth, at_least=1)
     checks.number("cooling", cooling, 0, below=1)
     checks.flag("detach_target", detach_target)
     checks.choice("reduction", reduction, REDUCTIONS)
+    positive_offset = plain(positive_offset)
     problem = Problem(queries, keys, temperature, bound, positive_offset, backend)
     if problem.backend == "reference":
-        losses = reference.rkdo_loss(
-            problem.queries, problem.keys, temperature=problem.temperature, alpha=alpha,
-            depth=depth, cooling=cooling, detach_target=detach_target,
-            positive_offset=problem.offset,
-        )  # fmt: skip
+        with problem.materialised():
+            losses = reference.rkdo_loss(
+                problem.queries, problem.keys, temperature=problem.temperature, alpha=alpha,
+                depth=depth, cooling=cooling, detach_target=detach_target,
+                positive_offset=problem.offset,
+            )  # fmt: skip
         return problem.reduce(losses, reduction)
     if isinstance(temperature, Tensor):
         scales = None
@@ -101,15 +103,18 @@ def icon_loss(
     Raises:
         ValueError, TypeError, RuntimeError: as `rkdo_loss`; debias outside [0, 1]; unknown kernel.
     """
+    temperature, bound, debias = plain(temperature), plain(bound), plain(debias)
     checks.number("debias", debias, 0, at_most=1)
     checks.choice("kernel", kernel, KERNELS)
     checks.choice("reduction", reduction, REDUCTIONS)
+    positive_offset = plain(positive_offset)
     problem = Problem(queries, keys, temperature, bound, positive_offset, backend)
     if problem.backend == "reference":
-        losses = reference.icon_loss(
-            problem.queries, problem.keys, temperature=problem.temperature, debias=debias,
-            kernel=kernel, positive_offset=problem.offset,
-        )  # fmt: skip
+        with problem.materialised():
+            losses = reference.icon_loss(
+                problem.queries, problem.keys, temperature=problem.temperature, debias=debias,
+                kernel=kernel, positive_offset=problem.offset,
+            )  # fmt: skip
         return problem.reduce(losses, reduction)
     scale = problem.inverse_temperature()
     if kernel == "student":
@@ -149,16 +154,19 @@ def info_nce(
     Raises:
         ValueError, TypeError, RuntimeError: as `rkdo_loss`; exclude_self without another positive.
     """
+    temperature, bound = plain(temperature), plain(bound)
     checks.flag("exclude_self", exclude_self)
     checks.choice("reduction", reduction, REDUCTIONS)
+    positive_offset = plain(positive_offset)
     problem = Problem(queries, keys, temperature, bound, positive_offset, backend)
     if exclude_self and problem.offset == 0:
         raise ValueError("exclude_self leaves out the positives too: positive_offset must not be 0")
     if problem.backend == "reference":
-        losses = reference.info_nce(
-            problem.queries, problem.keys, temperature=problem.temperature,
-            exclude_self=exclude_self, positive_offset=problem.offset,
-        )  # fmt: skip
+        with problem.materialised():
+            losses = reference.info_nce(
+                problem.queries, problem.keys, temperature=problem.temperature,
+                exclude_self=exclude_self, positive_offset=problem.offset,
+            )  # fmt: skip
         return problem.reduce(losses, reduction)
     others = rows.logsumexp(
         problem, exclude=[problem.offset, 0] if exclude_self else [problem.offset]
@@ -189,7 +197,9 @@ def similarity_moments(
             (2b/τ > 80, or 1400 in float64): `similarity_logsumexp` takes any.
         TypeError, RuntimeError: as `rkdo_loss`.
     """
+    degree = plain(degree)
     checks.integer("degree", degree, at_least=0)
+    temperature, bound = plain(temperature), plain(bound)
     checks.flag("exclude_self", exclude_self)
     if bound is None:
         raise ValueError("bound must be a number for moments, got None")
@@ -203,10 +213,11 @@ def similarity_moments(
             f"for moments with bound={bound:g}, got {temperature}"
         )
     if problem.backend == "reference":
-        result = reference.similarity_moments(
-            queries, keys, temperature=temperature, degree=degree, bound=bound,
-            exclude_self=exclude_self,
-        )  # fmt: skip
+        with problem.materialised():
+            result = reference.similarity_moments(
+                queries, keys, temperature=temperature, degree=degree, bound=bound,
+                exclude_self=exclude_self,
+            )  # fmt: skip
         return problem.reduce(result, "none")
     scale = problem.inverse_temperature()
     exclude = [0] if exclude_self else []
@@ -216,7 +227,7 @@ def similarity_moments(
     )
     if learnable:  # ∂M_k/∂c_0 = b M_{k+1}
         safe = scale.detach() <= launch.exponent_range(queries.dtype) / (2 * bound)
-        m = m[:, :-1] + bound * m[:, 1:].detach() * (scale - scale.detach())
+        m = rows.Sloped.apply(m[:, :-1], bound * m[:, 1:, None].detach(), scale[None])
         m = m * torch.where(safe, 1.0, float("nan"))
     return problem.reduce(m * torch.exp(-bound * scale), "none")
 
@@ -238,14 +249,16 @@ def similarity_logsumexp(
     Raises:
         ValueError, TypeError, RuntimeError: as `rkdo_loss`.
     """
+    temperature, bound = plain(temperature), plain(bound)
     checks.flag("exclude_self", exclude_self)
     problem = Problem(queries, keys, temperature, bound, 0, backend, paired=False)
     if problem.backend == "reference":
-        losses = reference.similarity_logsumexp(
-            problem.queries,
-            problem.keys,
-            temperature=problem.temperature,
-            exclude_self=exclude_self,
-        )
+        with problem.materialised():
+            losses = reference.similarity_logsumexp(
+                problem.queries,
+                problem.keys,
+                temperature=problem.temperature,
+                exclude_self=exclude_self,
+            )
         return problem.reduce(losses, "none")
     return problem.reduce(rows.logsumexp(problem, exclude=[0] if exclude_self else []), "none")

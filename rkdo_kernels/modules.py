@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, losses
+from .constants import plain
 
 
 class PairLoss(nn.Module):
@@ -28,8 +29,17 @@ class PairLoss(nn.Module):
         super().__init__()
         signature = inspect.signature(self.function)
         checks.choice("backend", settings.get("backend", "auto"), losses.BACKENDS)
-        pair = torch.ones(1, 1), torch.ones(2, 1)
-        trial = {**settings, "positive_offset": 1, "backend": "reference"}
+        offset = plain(settings.get("positive_offset"))
+        if offset is not None:
+            checks.integer("positive_offset", offset, at_least=0)
+        pair = torch.zeros(1, 1, device="cpu"), torch.zeros(2, 1, device="cpu")
+        trial = {
+            **settings,
+            "positive_offset": 1 if offset is None else min(offset, 1),
+            "backend": "reference",
+        }
+        if isinstance(settings.get("temperature"), Tensor) and settings["temperature"].is_meta:
+            trial["temperature"] = 1.0
         signature.bind(*pair, **trial)
         type(self).function(*pair, **trial)
         temperature = settings.get("temperature", signature.parameters["temperature"].default)

@@ -213,7 +213,7 @@ def recursion(
     age = t[:, None] - t
     mix = alpha * (1 - alpha) ** age.clamp_min(0) * (age >= 0)
     w = log_ratios(log_q, alpha)
-    p = torch.exp(log_q[:, 1:] + w)
+    p = (1 - alpha) ** (t + 1) + q[:, :-1] @ mix.T
     b = torch.zeros_like(w) if detach_target else w @ mix
     through = q[:, :-1] * b
     loss = loss + (p * w).sum(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ class Problem:
         checks.bound(bound)
         self.queries, self.keys = out_of_autocast(queries, keys)
         checks.embeddings(self.queries, self.keys)
+        checks.no_forward_mode(self.queries, self.keys, temperature)
         self.offset = checks.pairing(queries, keys, positive_offset) if paired else 0
         self.backend = launch.backend_for(backend, self.queries)
         self.validity = (
@@ -38,6 +41,13 @@ class Problem:
             self.temperature = torch.where(valid, temperature, float("nan")).reshape(())
             if temperature.device != self.queries.device:
                 self.temperature = self.temperature.to(self.queries.device)
+
+    def materialised(self) -> AbstractContextManager:
+        """For reference.py: its matrix products too stay in the inputs' dtype under autocast."""
+        device = self.queries.device.type
+        if torch.amp.is_autocast_available(device):
+            return torch.autocast(device, enabled=False)
+        return nullcontext()
 
     def is_small(self) -> bool:
         """Whether fewer operators count for more than less memory."""
@@ -78,7 +88,8 @@ def out_of_autocast(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast the losses run in float32, as PyTorch's own do."""
     if not isinstance(queries, Tensor) or not isinstance(keys, Tensor):
         return queries, keys
-    if torch.is_autocast_enabled(queries.device.type):
+    device = queries.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         half = (torch.bfloat16, torch.float16)
         queries, keys = (x.float() if x.dtype in half else x for x in (queries, keys))
     return queries, keys

@@ -111,8 +111,8 @@ def similarity_moments(
 
 def kl_divergence(p: Tensor, log_q: Tensor) -> Tensor:
     """Row-wise KL(p ‖ q) of [N, M] distributions, with 0 · log 0 = 0 in value and gradient."""
-    log_p = torch.where(p > 0, p, 1).log()
-    return torch.where(p > 0, p * (log_p - log_q), 0).sum(1)
+    log_p = torch.where(p == 0, 1, p).log()
+    return torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
 
 
 def diagonal_mask(like: Tensor, offset: int) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import chebyshev, launch, ops, small
 from .constants import host_constant
+from .once import once
 from .problem import Problem
 from .ratios import log_ratios
 
@@ -40,8 +42,10 @@ def rkdo_from_moments(
         log_q.append(-torch.logaddexp(others - c_t * positive, torch.zeros_like(positive)))
         log_z.append(c_t * positive - log_q[-1])
     w = log_ratios(torch.stack(log_q, dim=1), alpha)
-    p = [torch.exp(log_q[t] + w[:, t - 1]) for t in range(1, len(scales))]
-    loss = (torch.stack(p, dim=1) * w).sum(1)
+    p = [torch.ones_like(positive)]
+    for log_q_t in log_q[:-1]:
+        p.append((1 - alpha) * p[-1] + alpha * torch.exp(log_q_t))
+    loss = (torch.stack(p[1:], dim=1) * w).sum(1)
     r = torch.zeros_like(m)  # at the nodes
     f = torch.zeros_like(m)
     descent = torch.zeros_like(m)  # Σ_t c_t r_t at the nodes, for a target without gradient
@@ -52,7 +56,7 @@ def rkdo_from_moments(
             f = f + r * (torch.log(r) - tilt[t] * u + log_z[t][:, None])
         if detach_target:
             descent = descent + scales[t] * r.detach()
-            surrogate = surrogate + log_z[t] - scales[t] * positive * p[t - 1].detach()
+            surrogate = surrogate + log_z[t] - scales[t] * positive * p[t].detach()
     loss = loss + ((f @ coefficients) * m).sum(1)
     if detach_target:
         surrogate = surrogate - (_antiderivative(descent @ coefficients, c, bound) * m).sum(1)
@@ -85,7 +89,7 @@ def rkdo_direct(
     else:
         loss, d_scales, *_ = ops.recursion(*arguments, problem.backend)
     if learnable:
-        loss = loss + d_scales.detach() @ (scales - scales.detach())
+        loss = Sloped.apply(loss, d_scales, scales)
     return loss
 
 
@@ -113,8 +117,28 @@ def student_sums(problem: Problem) -> tuple[Tensor, Tensor]:  # [N], [N]
 def _from_sums(scale: Tensor, peak: Tensor, mass: Tensor, slope: Tensor) -> Tensor:  # [N]
     """c peak + log mass, the second with its gradient for c; −∞ for a row without keys."""
     peak = peak.detach()
-    mass = mass[:, 0] + slope[:, 0].detach() * (scale - scale.detach())
+    mass = Sloped.apply(mass[:, 0], slope, scale[None])
     return torch.where(mass > 0, scale * peak, 0) + _log(mass)
+
+
+class Sloped(torch.autograd.Function):
+    """The value, with a gradient for the scales whose slopes its operator has computed too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        value: Tensor,  # [..]
+        slope: Tensor,  # [.., T], ∂value/∂scales
+        scales: Tensor,  # [T]
+    ) -> Tensor:
+        ctx.save_for_backward(slope, scales)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_value: Tensor) -> Any:  # type: ignore[override]
+        slope, scales = ctx.saved_tensors
+        d_scales = (d_value[..., None] * slope).flatten(0, -2).sum(0)
+        return d_value, None, once(d_scales, scales)
 
 
 def _log(x: Tensor) -> Tensor:

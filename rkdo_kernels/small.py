@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .constants import host_constant
+from .once import once
 
 MAX_ENTRIES = 1 << 14
 
@@ -76,8 +77,11 @@ class Recursion(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> Any:  # type: ignore[override]
         queries, keys, g = ctx.saved_tensors
         g = g * d_loss[:, None].to(g.dtype)
-        d_queries, d_keys = g @ keys.to(g.dtype), g.T @ queries.to(g.dtype)
-        return d_queries.to(queries.dtype), d_keys.to(keys.dtype), *[None] * ctx.settings
+        with torch.autocast("cpu", enabled=False):
+            d_queries, d_keys = g @ keys.to(g.dtype), g.T @ queries.to(g.dtype)
+        d_queries = once(d_queries.to(queries.dtype), queries, keys)
+        d_keys = once(d_keys.to(keys.dtype), queries, keys)
+        return d_queries, d_keys, *[None] * ctx.settings
 
 
 @host_constant

@@ -223,15 +223,16 @@ class Recursion:
         self.x, self.q_0, self.term = tile.buffers[:3]
         stacks = tile.memory[3:].split([depth + 1, depth + 1, depth, depth, depth])
         self.e, log_e, self.r, self.w, self.b = stacks
-        dtype = self.x.dtype
+        x = self.x
+        dtype = x.dtype
         self.scales = scales.to(dtype)
         steeper = (scales - scales[0]).to(dtype)[:, None, None]
         lighter = (log_mass[rows] - log_mass[rows, :1]).T.to(dtype)[:, :, None]
         t = torch.arange(depth, device=scales.device)
         age = t[:, None] - t
-        self.mix = (alpha * (1 - alpha) ** age.clamp_min(0) * (age >= 0)).to(dtype)
+        self.mix = (alpha * (1 - alpha) ** age.clamp_min(0).to(sums(x)) * (age >= 0)).to(dtype)
 
-        x = tile.similarity().sub_(peak[rows, None])
+        tile.similarity().sub_(peak[rows, None])
         tile.fill(x, self.positive, 0)
         torch.mul(x, self.scales[0], out=self.q_0).exp_().mul_(torch.exp(-log_mass[rows, :1]))
         tile.fill(self.q_0, self.positive, 0)

@@ -166,7 +166,8 @@ def test_memory_is_the_peak_above_the_inputs():
 
     greedy = contender("greedy", loss)
     peak = memory.on_cpu(case(greedy), greedy, None, 16, 8, "fp32")
-    assert held - (1 << 16) <= peak < held + (16 << 20)
+    batches = 1 << 20  # Linux adds pages to the resident set in batches, one a processor
+    assert held - batches <= peak < held + (16 << 20)
 
 
 def test_memory_is_measured_in_a_process_of_its_own():

@@ -224,9 +224,11 @@ def test_a_signal_during_evaluation_stops_at_once_and_the_evaluation_is_made_on_
     assert metrics_of(tmp_path / "run") == metrics_of(quick_run)
 
 
-def test_the_signal_handlers_are_put_back(quick_run):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+def test_the_signal_handlers_are_put_back(quick_run, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    quicken(monkeypatch)
+    train(SHORT, tmp_path / "run")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 # --- resuming -------------------------------------------------------------------------------------
