@@ -15,12 +15,13 @@ ARROWS = {
     "checks": set(),
     "constants": set(),
     "ratios": set(),
+    "once": set(),
     "primitives": set(),
     "tiled": set(),
     "distributed": set(),
     # what follows from a call's settings alone
     "chebyshev": {"constants"},
-    "small": {"constants"},
+    "small": {"constants", "once"},
     # Triton: kernels know their pieces and their launch tables
     "launch": {"chebyshev", "constants"},
     "moments": {"launch", "primitives"},
@@ -30,9 +31,9 @@ ARROWS = {
     "ops": {"kernels", "tiled", "ratios"},
     # losses: arguments, rows, public functions, modules
     "problem": {"checks", "launch", "ops", "small"},
-    "rows": {"problem", "chebyshev", "constants", "launch", "ops", "ratios", "small"},
+    "rows": {"problem", "chebyshev", "constants", "launch", "once", "ops", "ratios", "small"},
     "losses": {"checks", "constants", "launch", "ops", "reference", "rows", "problem"},
-    "modules": {"checks", "losses"},
+    "modules": {"checks", "constants", "losses"},
     "__init__": {"losses", "modules"},
 }
 PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rkdo_kernels
