@@ -18,7 +18,7 @@ from rkdo.record import Run
         ("train --out OUT --dataset mnist", "--dataset"),
         ("train --out OUT --batch-size many", "--batch-size"),
         ("train --out OUT --batch-size 1", "--batch-size must be at least 2, got 1"),
-        ("train --out OUT --temperature 0", "--temperature must be above 0, got 0.0"),
+        ("train --out OUT --temperature 0", "--temperature must be at least 1e-6, got 0.0"),
         ("train --out OUT --epochs -3", "--epochs must be at least 1, got -3"),
         ("train --out OUT --batch-size 5000", "at most the 1437 training images, got 5000"),
         ("train --out OUT --steps-per-epoch 23", "--steps-per-epoch must be at most 22"),

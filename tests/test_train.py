@@ -181,7 +181,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(step, signum, quick_run, tmp_pat
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, step, signum)
-        with pytest.raises(Stopped, match=rf"step {step}; --resume --out .*run") as caught:
+        with pytest.raises(
+            Stopped, match=rf"step {step}; rkdo train --resume --out .*run"
+        ) as caught:
             train(SHORT, folder)
     assert caught.value.signum == signum
     assert state_of(folder)["step"] == step  # saved within the step in which it was asked to
@@ -443,7 +445,7 @@ def test_the_command_saves_and_says_how_to_go_on(signum, code, tmp_path):
     assert process.returncode == code
     step = state_of(folder)["step"]
     assert errors.splitlines()[-1] == (
-        f"rkdo: stopped after step {step}; --resume --out {folder} goes on"
+        f"rkdo: stopped after step {step}; rkdo train --resume --out {folder} goes on"
     )
     assert "Traceback" not in errors
 
@@ -509,3 +511,51 @@ def test_a_batch_that_ranks_cannot_share_is_one_line(tmp_path):
         "rkdo: error: --batch-size must be divisible by the number of ranks, got 15 for 2"
     ]
     assert not (tmp_path / "run").exists()
+
+
+# --- what a run vouches for -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"step": "x"}, {"step": 1.5}, {"step": -5}, {"optimizer": None}, {"metrics_size": -3},
+        {"metrics_size": "x"}, {"evaluated": None}, {"images": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_checkpoint_with_a_foreign_value_does_not_fit(damage, quick_run, tmp_path, monkeypatch):
+    quicken(monkeypatch)
+    folder = shutil.copytree(quick_run, tmp_path / "run")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**saved, **damage}, folder / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"does not fit"):
+        train(SHORT, folder, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut", "not JSON"])
+def test_metrics_before_the_checkpoint_must_be_there(damage, quick_run, tmp_path, monkeypatch):
+    quicken(monkeypatch)
+    folder = shutil.copytree(quick_run, tmp_path / "run")
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    match damage:
+        case "lost":
+            metrics.unlink()
+        case "cut":
+            metrics.write_bytes(whole[:-10])
+        case "not JSON":
+            metrics.write_bytes(b"\xff" + whole[1:])
+    before = metrics.read_bytes() if metrics.exists() else None
+    with pytest.raises(UserError, match=r"metrics\.jsonl (must hold|holds a line)"):
+        train(SHORT, folder, resume=True)
+    assert (metrics.read_bytes() if metrics.exists() else None) == before
+
+
+def test_a_run_does_not_go_on_with_other_images(quick_run, tmp_path, monkeypatch):
+    quicken(monkeypatch)
+    folder = shutil.copytree(quick_run, tmp_path / "run")
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    torch.save({**saved, "images": saved["images"] + 1}, folder / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"--data-dir must hold the \d+ training images"):
+        train(SHORT, folder, resume=True)
