@@ -69,12 +69,11 @@ def rkdo_loss(
                 positive_offset=problem.offset,
             )  # fmt: skip
         return problem.reduce(losses, reduction)
-    if isinstance(temperature, Tensor):
-        scales = None
-    else:
+    scales = degree = None
+    if not isinstance(temperature, Tensor) and not problem.is_small():
         scales = [1 / (temperature * (1 - cooling * t / depth)) for t in range(depth + 1)]
-    degree = launch.rkdo_degree(scales, alpha, bound, problem.queries.dtype)
-    if scales is None or bound is None or degree is None or problem.is_small():
+        degree = launch.rkdo_degree(scales, alpha, bound, problem.queries.dtype)
+    if scales is None or bound is None or degree is None:
         losses = rows.rkdo_direct(problem, alpha, depth, cooling, detach_target)
     else:
         losses = rows.rkdo_from_moments(problem, degree, scales, bound, alpha, detach_target)

@@ -77,15 +77,22 @@ def _antiderivative(w: Tensor, scale: float, bound: float) -> Tensor:  # [N, deg
 def rkdo_direct(
     problem: Problem, alpha: float, depth: int, cooling: float, detach_target: bool
 ) -> Tensor:  # [N]
-    scale = problem.inverse_temperature()
-    step = torch.arange(depth + 1, dtype=scale.dtype, device=scale.device)
-    scales = scale / (1 - cooling / depth * step)
     learnable = isinstance(problem.temperature, Tensor)
+    if problem.is_small() and not learnable:
+        scales = small.scales(problem.temperature, depth, cooling)
+    else:
+        scale = problem.inverse_temperature()
+        step = torch.arange(depth + 1, dtype=scale.dtype, device=scale.device)
+        scales = scale / (1 - cooling / depth * step)
     arguments = (
         problem.queries, problem.keys, scales.detach(), alpha, problem.offset, detach_target,
     )  # fmt: skip
     if problem.is_small():
-        loss, d_scales = small.Recursion.apply(*arguments, learnable)
+        coldest = 0 if learnable else problem.temperature * (1 - cooling)
+        bounded = problem.bound is not None and 2 * problem.bound < 600 * coldest
+        loss, d_scales = small.Recursion.apply(
+            *arguments[:3], depth, *arguments[3:], learnable, not bounded
+        )
     else:
         loss, d_scales, *_ = ops.recursion(*arguments, problem.backend)
     if learnable:

@@ -20,11 +20,13 @@ MAX_ENTRIES = 1 << 14
 def recursion(
     queries: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]
-    scales: Tensor,  # [T] float64, c_t for t = 0..depth
+    scales: Tensor,  # [depth + 1] float64, c_t
+    depth: int,
     alpha: float,
     positive_offset: int,
     detach_target: bool,
     learnable: bool,  # whether the gradient for the scales is wanted
+    underflow: bool,  # whether a q_t may be too small for float64
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N], [N, T], [N, M], float64
     """Σ_t KL(p_t ‖ q_t) by row, its gradient for the scales, and its gradient for S.
 
@@ -33,7 +35,7 @@ def recursion(
 
         ∂loss/∂logits_t = [t > 0] (q_t − p_t) + [t < depth] α q_t (b_{t+1} − Σ_j q_t b_{t+1}).
     """
-    n, m, depth = queries.shape[0], keys.shape[0], scales.shape[0] - 1
+    n, m = queries.shape[0], keys.shape[0]
     mix, rest = mixture(alpha, depth)
     s = queries.double() @ keys.double().T
     log_q = (s - s.amax(1, keepdim=True)) * scales[:, None, None]
@@ -43,9 +45,12 @@ def recursion(
     log_q -= mass.log_()
     p = (mix @ q[:-1].view(depth, n * m)).view(depth, n, m)
     p.diagonal(positive_offset, 1, 2).add_(rest)
-    some_p = p.clamp_min(torch.finfo(p.dtype).tiny)
-    ratio = (some_p / q[1:]).log_()  # exact where p = q
-    w = torch.where(q[1:] > 1e-290, ratio, some_p.log_().sub_(log_q[1:]))
+    if alpha > 0 and not underflow:
+        w = (p / q[1:]).log_()  # exact where p = q
+    else:
+        some_p = p.clamp_min(torch.finfo(p.dtype).tiny)
+        w = (some_p / q[1:]).log_()
+        w = torch.where(q[1:] > 1e-290, w, some_p.log_().sub_(log_q[1:]))
     d_logits = torch.zeros_like(q)
     if not detach_target:
         through = d_logits[:-1]
@@ -82,6 +87,12 @@ class Recursion(torch.autograd.Function):
         d_queries = once(d_queries.to(queries.dtype), queries, keys)
         d_keys = once(d_keys.to(keys.dtype), queries, keys)
         return d_queries, d_keys, *[None] * ctx.settings
+
+
+@host_constant
+def scales(temperature: float, depth: int, cooling: float) -> Tensor:  # [depth + 1], 1 / τ_t
+    t = torch.arange(depth + 1, dtype=torch.float64)
+    return 1 / (temperature * (1 - cooling / depth * t))
 
 
 @host_constant
