@@ -46,7 +46,7 @@ def one_rank(rank, folder):
 
 def test_two_ranks_normalise_as_one(tmp_path):
     mp.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     x, upstream, norm = problem()
     y, grad_x, grad_weight, grad_bias, mean, var = run(norm, x, upstream)
     pairs = [
