@@ -15,7 +15,7 @@ from torch import Tensor
 from .constants import host_constant
 
 MAX_DEGREE = 12
-TOLERANCE = 5 * torch.finfo(torch.float32).eps  # default arguments need degree 4
+TOLERANCE = 5 * torch.finfo(torch.float32).eps  # 4 for the defaults
 
 
 def nodes(degree: int) -> Tensor:  # [degree + 1] float64
