@@ -22,7 +22,7 @@ import torch
 import triton
 from triton.compiler import ASTSource, CompiledKernel
 
-from rkdo_kernels import direct, launch, moments
+from rkdo_kernels import direct, launch, moments, moments_gradient
 
 from . import sass
 from .targets import TARGETS, predict, resident_warps
@@ -47,7 +47,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    fwd, bwd = moments._moments_fwd, moments._moments_bwd
+    fwd, bwd = moments._moments_fwd, moments_gradient._moments_bwd
     rows = {"EXCLUDE": 1, "UNIT": True}
     sums = {"SCALES": 4, "STUDENT": False, "EXCLUDE": 1}
     student = {"SCALES": 1, "STUDENT": True, "EXCLUDE": 0}

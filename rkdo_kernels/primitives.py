@@ -81,6 +81,29 @@ def touches(first_i, ROWS: tl.constexpr, first_j, COLS: tl.constexpr, offset):
 
 
 @triton.jit
+def leave_out(
+    e,
+    first_i,
+    first_j,
+    exclude_a,
+    exclude_b,
+    EXCLUDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """e with zeros on the excluded diagonals; a tile that they miss is not touched."""
+    i = first_i + tl.arange(0, ROWS)
+    j = first_j + tl.arange(0, COLS)
+    if EXCLUDE >= 1:
+        if touches(first_i, ROWS, first_j, COLS, exclude_a):
+            e = tl.where(on_diagonal(i, j, exclude_a), 0.0, e)
+    if EXCLUDE >= 2:
+        if touches(first_i, ROWS, first_j, COLS, exclude_b):
+            e = tl.where(on_diagonal(i, j, exclude_b), 0.0, e)
+    return e
+
+
+@triton.jit
 def store_rows(x_ptr, i, n, start, dim, x, WIDTH: tl.constexpr):
     """Rows i, columns start .. start + WIDTH of a contiguous [n, dim]."""
     d = start + tl.arange(0, WIDTH)

@@ -37,6 +37,7 @@ KERNELS = [
 ]  # fmt: skip
 FILES = {  # the tests that a file's mutants have to pass, quickest first
     "moments": ["tests/test_ops.py::test_moments", *KERNELS[3:4], *KERNELS[6:]],
+    "moments_gradient": ["tests/test_ops.py::test_moments", *KERNELS[3:4], *KERNELS[6:]],
     "direct": [*KERNELS[1:2], *KERNELS[4:]],
     "primitives": KERNELS,
     "tiled": [*KERNELS[:-1], "tests/test_tiled.py"],
@@ -44,7 +45,7 @@ FILES = {  # the tests that a file's mutants have to pass, quickest first
     "rows": ["tests/test_losses.py::test_gradcheck", *KERNELS[3:-1], "tests/test_chebyshev.py"],
     "ratios": ["tests/test_losses.py::test_rkdo_settings", "tests/test_losses.py::test_golden"],
 }
-TRITON = ("moments", "direct", "primitives")
+TRITON = ("moments", "moments_gradient", "direct", "primitives")
 OPERATORS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Lt: "<=", ast.LtE: "<",
     ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",

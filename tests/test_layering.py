@@ -25,8 +25,9 @@ ARROWS = {
     # Triton: kernels know their pieces and their launch tables
     "launch": {"chebyshev", "constants"},
     "moments": {"launch", "primitives"},
+    "moments_gradient": {"launch", "primitives"},
     "direct": {"launch", "primitives"},
-    "kernels": {"moments", "direct"},
+    "kernels": {"moments", "moments_gradient", "direct"},
     # operators choose between kernels and tiles
     "ops": {"kernels", "tiled", "ratios"},
     # losses: arguments, rows, public functions, modules
@@ -37,7 +38,8 @@ ARROWS = {
     "__init__": {"losses", "modules"},
 }
 PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rkdo_kernels
-TRITON = {"primitives", "moments", "direct"}  # modules that need Triton to be imported
+# Modules that need Triton to be imported.
+TRITON = {"primitives", "moments", "moments_gradient", "direct"}
 KERNELS = sorted(Path(rkdo_kernels.__file__).parent.glob("*.py"))
 TRAINER = sorted(Path(rkdo.__file__).parent.glob("*.py"))
 
