@@ -22,7 +22,7 @@ import torch
 import triton
 from triton.compiler import ASTSource, CompiledKernel
 
-from rkdo_kernels import direct, launch, moments, moments_gradient
+from rkdo_kernels import launch, moments, moments_gradient, recursion, softmax_sums
 
 from . import sass
 from .targets import TARGETS, predict, resident_warps
@@ -53,13 +53,13 @@ def cases() -> list[Case]:
     student = {"SCALES": 1, "STUDENT": True, "EXCLUDE": 0}
     steps = {"DEPTH": 3, "DETACH": False}
     one, many = ("scale",), ("scales",)
-    softmax, softmax_bwd = direct._softmax_sums_fwd, direct._softmax_sums_bwd
+    softmax, softmax_bwd = softmax_sums._softmax_sums_fwd, softmax_sums._softmax_sums_bwd
     result = [
         Case("moments_fwd k=0", fwd, "moments_fwd", {"DEGREE": 0, **rows}, one),
         Case("moments_fwd k=4", fwd, "moments_fwd", {"DEGREE": 4, **rows}, one),
         Case("softmax_sums", softmax, "softmax_sums", sums, many),
         Case("student_sums", softmax, "softmax_sums", student, many),
-        Case("recursion", direct._recursion_fwd, "recursion", steps),
+        Case("recursion", recursion._recursion_fwd, "recursion", steps),
     ]
     for by_own, side in ((True, "dq"), (False, "dk")):
         own = {"QUERIES": by_own}
@@ -70,7 +70,7 @@ def cases() -> list[Case]:
                 (f"moments_bwd k=4 {side}", bwd, "moments_bwd", {"DEGREE": 4, **rows}, one),
                 (f"softmax_sums_bwd {side}", softmax_bwd, "softmax_sums_bwd", sums, many),
                 (f"student_sums_bwd {side}", softmax_bwd, "softmax_sums_bwd", student, many),
-                (f"recursion_bwd {side}", direct._recursion_bwd, "recursion_bwd", steps, ()),
+                (f"recursion_bwd {side}", recursion._recursion_bwd, "recursion_bwd", steps, ()),
             )
         ]
     return result

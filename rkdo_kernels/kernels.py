@@ -1,8 +1,9 @@
 """The Triton implementation of what tiled.py does in PyTorch, under the same names."""
 
-from .direct import recursion, recursion_backward, softmax_sums, softmax_sums_backward
 from .moments import moments
 from .moments_gradient import moments_backward
+from .recursion import recursion, recursion_backward
+from .softmax_sums import softmax_sums, softmax_sums_backward
 
 __all__ = [
     "moments",

@@ -8,9 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .primitives import LOG2E, leave_out, load_rows, similarity_tile
-
-LANES = tl.constexpr(8)  # neighbouring columns that partial sums keep apart
+from .primitives import LANES, LOG2E, fold, leave_out, load_rows, similarity_tile
 
 
 @triton.jit
@@ -117,12 +115,6 @@ def add_powers(partial, e, u, DEGREE: tl.constexpr, ROWS: tl.constexpr, COLS: tl
             e = e * square
             result = result + (partial[power] + fold(e, ROWS, COLS),)
     return result
-
-
-@triton.jit
-def fold(x, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, COLS] -> [ROWS, LANES], over columns that one thread owns."""
-    return tl.sum(tl.reshape(x, [ROWS, COLS // LANES, LANES]), 1)
 
 
 def moments(

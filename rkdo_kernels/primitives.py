@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LANES = tl.constexpr(8)  # neighbouring columns that partial sums keep apart
 
 
 @triton.jit
@@ -90,16 +91,17 @@ def leave_out(
     EXCLUDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    INSTEAD: tl.constexpr = 0.0,
 ):
-    """e with zeros on the excluded diagonals; a tile that they miss is not touched."""
+    """e without the excluded diagonals; a tile that they miss is not touched."""
     i = first_i + tl.arange(0, ROWS)
     j = first_j + tl.arange(0, COLS)
     if EXCLUDE >= 1:
         if touches(first_i, ROWS, first_j, COLS, exclude_a):
-            e = tl.where(on_diagonal(i, j, exclude_a), 0.0, e)
+            e = tl.where(on_diagonal(i, j, exclude_a), INSTEAD, e)
     if EXCLUDE >= 2:
         if touches(first_i, ROWS, first_j, COLS, exclude_b):
-            e = tl.where(on_diagonal(i, j, exclude_b), 0.0, e)
+            e = tl.where(on_diagonal(i, j, exclude_b), INSTEAD, e)
     return e
 
 
@@ -121,15 +123,26 @@ def into(acc, g, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_values(table_ptr, stride, i, n):
-    """A value of every row i, [ROWS, 1]; 0 past the last."""
-    return tl.load(table_ptr + i.to(tl.int64) * stride, mask=i < n, other=0.0)[:, None]
+def block_values(table_ptr, stride, first, n, COUNT: tl.constexpr, MASKED: tl.constexpr):
+    """A value of each row first .. first + COUNT, [COUNT, 1]; 0 past the last."""
+    local = tl.arange(0, COUNT)
+    pointers = table_ptr + tl.cast(first, tl.int64) * stride + local * stride
+    if MASKED:
+        return tl.load(pointers, mask=local < n - first, other=0.0)[:, None]
+    else:
+        return tl.load(pointers)[:, None]
 
 
 @triton.jit
-def student_distance(s, queries_square_ptr, i, n, keys_square_ptr, j, m):
-    """1 + ‖zq_i − zk_j‖², [ROWS, COLS]."""
-    q = tl.load(queries_square_ptr + i, mask=i < n, other=0.0)
-    k = tl.load(keys_square_ptr + j, mask=j < m, other=0.0)
-    square = q[:, None] + k[None, :] - 2.0 * s
-    return 1.0 + tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def scalars(table_ptr, COUNT: tl.constexpr):
+    """COUNT values as float32."""
+    result = ()
+    for at in tl.static_range(COUNT):
+        result = result + (tl.load(table_ptr + at).to(tl.float32),)
+    return result
+
+
+@triton.jit
+def fold(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, COLS] -> [ROWS, LANES], over columns that one thread owns."""
+    return tl.sum(tl.reshape(x, [ROWS, COLS // LANES, LANES]), 1)

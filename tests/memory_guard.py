@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from rkdo_kernels import direct, kernels
+from rkdo_kernels import kernels, recursion, softmax_sums
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -68,14 +68,14 @@ class Guarded:
             return lambda *arguments: tuple(self.copy(x) for x in prepare(*arguments))
 
         was = torch.Tensor.new_empty, torch.Tensor.contiguous
-        tables = direct.squares, direct.row_tables
+        tables = softmax_sums.squares, recursion.row_tables
         torch.Tensor.new_empty, torch.Tensor.contiguous = new_empty, contiguous
-        direct.squares, direct.row_tables = map(guarded, tables)
+        softmax_sums.squares, recursion.row_tables = map(guarded, tables)
         try:
             return function(*arguments)
         finally:
             torch.Tensor.new_empty, torch.Tensor.contiguous = was
-            direct.squares, direct.row_tables = tables
+            softmax_sums.squares, recursion.row_tables = tables
 
 
 def calls(n, m, d, dtype):

@@ -38,14 +38,18 @@ KERNELS = [
 FILES = {  # the tests that a file's mutants have to pass, quickest first
     "moments": ["tests/test_ops.py::test_moments", *KERNELS[3:4], *KERNELS[6:]],
     "moments_gradient": ["tests/test_ops.py::test_moments", *KERNELS[3:4], *KERNELS[6:]],
-    "direct": [*KERNELS[1:2], *KERNELS[4:]],
+    "softmax_sums": [*KERNELS[1:2], *KERNELS[4:]],
+    "recursion": [*KERNELS[3:4], *KERNELS[5:]],
+    "gradient_loop": [*KERNELS[1:2], *KERNELS[3:]],
     "primitives": KERNELS,
     "tiled": [*KERNELS[:-1], "tests/test_tiled.py"],
     "small": ["tests/test_losses.py::test_gradcheck", *KERNELS[:1], *KERNELS[5:10]],
     "rows": ["tests/test_losses.py::test_gradcheck", *KERNELS[3:-1], "tests/test_chebyshev.py"],
     "ratios": ["tests/test_losses.py::test_rkdo_settings", "tests/test_losses.py::test_golden"],
 }
-TRITON = ("moments", "moments_gradient", "direct", "primitives")
+TRITON = (
+    "moments", "moments_gradient", "softmax_sums", "recursion", "gradient_loop", "primitives",
+)  # fmt: skip
 OPERATORS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Lt: "<=", ast.LtE: "<",
     ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",

@@ -93,7 +93,7 @@ LAUNCHES = """
 import json, types
 import torch
 from bench import static
-from rkdo_kernels import direct, kernels, moments, moments_gradient, ops, small
+from rkdo_kernels import kernels, moments, moments_gradient, ops, recursion, small, softmax_sums
 from rkdo_kernels.losses import icon_loss, rkdo_loss
 
 seen = {}
@@ -110,7 +110,7 @@ class Recorder:
             }
         return launch
 
-for module in (moments, moments_gradient, direct):
+for module in (moments, moments_gradient, softmax_sums, recursion):
     for name in list(vars(module)):
         if name.startswith("_") and hasattr(getattr(module, name), "arg_names"):
             setattr(module, name, Recorder(getattr(module, name)))

@@ -26,8 +26,10 @@ ARROWS = {
     "launch": {"chebyshev", "constants"},
     "moments": {"launch", "primitives"},
     "moments_gradient": {"launch", "primitives"},
-    "direct": {"launch", "primitives"},
-    "kernels": {"moments", "moments_gradient", "direct"},
+    "gradient_loop": {"primitives"},
+    "softmax_sums": {"launch", "primitives", "gradient_loop"},
+    "recursion": {"launch", "primitives", "gradient_loop"},
+    "kernels": {"moments", "moments_gradient", "softmax_sums", "recursion"},
     # operators choose between kernels and tiles
     "ops": {"kernels", "tiled", "ratios"},
     # losses: arguments, rows, public functions, modules
@@ -39,7 +41,9 @@ ARROWS = {
 }
 PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rkdo_kernels
 # Modules that need Triton to be imported.
-TRITON = {"primitives", "moments", "moments_gradient", "direct"}
+TRITON = {
+    "primitives", "gradient_loop", "moments", "moments_gradient", "softmax_sums", "recursion",
+}  # fmt: skip
 KERNELS = sorted(Path(rkdo_kernels.__file__).parent.glob("*.py"))
 TRAINER = sorted(Path(rkdo.__file__).parent.glob("*.py"))
 
@@ -106,11 +110,11 @@ def test_the_trainer_knows_public_names_only(path):
 def test_imports_are_found_wherever_they_stand(tmp_path):
     file = tmp_path / "module.py"
     file.write_text(
-        "import rkdo_kernels.direct\nfrom . import ops, tiled\nfrom .rows import logsumexp\n"
+        "import rkdo_kernels.recursion\nfrom . import ops, tiled\nfrom .rows import logsumexp\n"
         "def f():\n    from rkdo_kernels.small import MAX_ENTRIES\n    from rkdo_kernels import g\n"
         "import torch\nfrom torch import rows\n"
     )
     assert set(imports_of(file, "rkdo_kernels")) == {
-        ("direct", None), ("ops", None), ("tiled", None), ("rows", "logsumexp"),
+        ("recursion", None), ("ops", None), ("tiled", None), ("rows", "logsumexp"),
         ("small", "MAX_ENTRIES"), ("g", None),
     }  # fmt: skip

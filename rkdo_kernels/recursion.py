@@ -1,0 +1,377 @@
+"""Kernels: the recursion over depth, p_t and q_t for every key, and its gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .gradient_loop import gradient_loop
+from .primitives import (
+    LANES,
+    LOG2E,
+    block_values,
+    fold,
+    leave_out,
+    load_rows,
+    on_diagonal,
+    scalars,
+    similarity_tile,
+    touches,
+)
+
+TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def _recursion_fwd(
+    queries_ptr,  # [N, D]             in
+    keys_ptr,  # [M, D]                in
+    scales_ptr,  # [DEPTH + 1]         in, c_t
+    steeper_ptr,  # [DEPTH + 1]        in, c_t − c_0
+    peak_ptr,  # [N]                   in
+    share_ptr,  # [N]                  in, 1 / mass of q_0
+    lighter_ptr,  # [N, DEPTH + 1]     in, log mass_t − log mass_0
+    loss_ptr,  # [N]                   out
+    pull_ptr,  # [N, DEPTH]            out
+    slope_ptr,  # [N, DEPTH + 1]       out
+    queries_stride,
+    keys_stride,
+    n,
+    m,
+    dim,
+    alpha,
+    positive_offset,
+    DEPTH: tl.constexpr,
+    DETACH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """One program per block of rows i: sums over the keys that are not the positive.
+
+    With e_t = q_t / q_0, r_t = p_t / q_0 = (1 − α) r_{t−1} + α e_{t−1}, w_t = log r_t − log e_t and
+    b_t = w_t + (1 − α) b_{t+1}, x = S − peak:
+    loss = Σ_t Σ_j p_t w_t,  pull_t = α Σ_j q_t b_{t+1},
+    slope_t = Σ_j x (q_t − p_t + α q_t b_{t+1})
+    """
+    first_i = tl.program_id(0) * ROWS
+    q = load_rows(queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST)
+    c_0 = tl.load(scales_ptr)
+    steeper = scalars(steeper_ptr, DEPTH + 1)
+    rows = ratio_values(peak_ptr, share_ptr, lighter_ptr, first_i, n, DEPTH, ROWS, True)
+    loss = tl.zeros([ROWS, LANES], tl.float32)
+    pull = ()
+    slope = (tl.zeros([ROWS, LANES], tl.float32),)
+    for _ in tl.static_range(DEPTH):
+        pull = pull + (tl.zeros([ROWS, LANES], tl.float32),)
+        slope = slope + (tl.zeros([ROWS, LANES], tl.float32),)
+    whole = m // COLS * COLS
+    for first_j in range(0, whole, COLS):
+        loss, pull, slope = add_rows(
+            loss, pull, slope, q, rows, c_0, steeper, queries_ptr, queries_stride, first_i, n,
+            keys_ptr, keys_stride, first_j, m, dim, alpha, positive_offset, DEPTH, DETACH, ROWS,
+            COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, False,
+        )  # fmt: skip
+    if whole < m:
+        loss, pull, slope = add_rows(
+            loss, pull, slope, q, rows, c_0, steeper, queries_ptr, queries_stride, first_i, n,
+            keys_ptr, keys_stride, whole, m, dim, alpha, positive_offset, DEPTH, DETACH, ROWS,
+            COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
+        )  # fmt: skip
+    i = first_i + tl.arange(0, ROWS)
+    table = i.to(tl.int64) * (DEPTH + 1)
+    tl.store(loss_ptr + i, tl.sum(loss, 1), mask=i < n)
+    tl.store(slope_ptr + table + DEPTH, tl.sum(slope[DEPTH], 1), mask=i < n)
+    for t in tl.static_range(DEPTH):
+        tl.store(pull_ptr + i.to(tl.int64) * DEPTH + t, alpha * tl.sum(pull[t], 1), mask=i < n)
+        tl.store(slope_ptr + table + t, tl.sum(slope[t], 1), mask=i < n)
+
+
+@triton.jit
+def add_rows(
+    loss,  # [ROWS, LANES]: partial sums
+    pull,  # without its factor α
+    slope,
+    q,
+    rows,
+    c_0,
+    steeper,
+    queries_ptr,
+    queries_stride,
+    first_i,
+    n,
+    keys_ptr,
+    keys_stride,
+    first_j,
+    m,
+    dim,
+    alpha,
+    positive_offset,
+    DEPTH: tl.constexpr,
+    DETACH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    LAST: tl.constexpr,  # some keys may be past the last
+):
+    """The sums with a tile more. An entry that does not count has x = 0 and q_0 = 0."""
+    peak, share, lighter = rows
+    k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, LAST, UPCAST)
+    s = similarity_tile(
+        q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
+        ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+    )  # fmt: skip
+    x = leave_out(s - peak, first_i, first_j, positive_offset, 0, 1, ROWS, COLS)
+    if LAST:
+        there = (first_j + tl.arange(0, COLS) < m)[None, :]
+        x = tl.where(there, x, 0.0)
+    q_0 = leave_out(
+        tl.exp2(x * (c_0 * LOG2E)) * share, first_i, first_j, positive_offset, 0, 1, ROWS, COLS
+    )
+    if LAST:
+        q_0 = tl.where(there, q_0, 0.0)
+    pushed = x * q_0
+    lifted = alpha * x
+    # e_0 = 1 and r_1 = α wherever the key is
+    r = alpha
+    log_r = tl.log(tl.maximum(alpha, TINY))
+    q_t = (q_0,)
+    w = ()
+    new_slope = (slope[0],)
+    for t in tl.static_range(1, DEPTH + 1):
+        log_e = x * steeper[t] - lighter[t]
+        e = tl.exp2(log_e * LOG2E)
+        w = w + (log_r - log_e,)
+        loss += fold(q_0 * r * w[t - 1], ROWS, COLS)
+        new_slope = new_slope + (slope[t] + fold(pushed * (e - r), ROWS, COLS),)
+        if t < DEPTH:
+            q_t = q_t + (q_0 * e,)
+            r = (1 - alpha) * r + alpha * e
+            log_r = tl.log(tl.maximum(r, TINY))
+    slope = new_slope
+    if not DETACH:
+        b = w[DEPTH - 1]
+        new_pull = ()
+        new_slope = (slope[DEPTH],)
+        for step in tl.static_range(1, DEPTH + 1):
+            through = q_t[DEPTH - step] * b
+            new_pull = (pull[DEPTH - step] + fold(through, ROWS, COLS),) + new_pull
+            new_slope = (slope[DEPTH - step] + fold(through * lifted, ROWS, COLS),) + new_slope
+            if step < DEPTH:
+                b = w[DEPTH - 1 - step] + (1 - alpha) * b
+        pull = new_pull
+        slope = new_slope
+    return loss, pull, slope
+
+
+@triton.jit
+def ratio_values(
+    peak_ptr,
+    share_ptr,
+    lighter_ptr,
+    first_i,
+    n,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """peak, share and lighter_t for all t, [ROWS, 1] each."""
+    lighter = ()
+    for t in tl.static_range(DEPTH + 1):
+        lighter = lighter + (block_values(lighter_ptr + t, DEPTH + 1, first_i, n, ROWS, MASKED),)
+    peak = block_values(peak_ptr, 1, first_i, n, ROWS, MASKED)
+    return peak, block_values(share_ptr, 1, first_i, n, ROWS, MASKED), lighter
+
+
+@triton.jit
+def _recursion_bwd(
+    queries_ptr,  # [N, D]            in
+    keys_ptr,  # [M, D]               in
+    scales_ptr,  # [DEPTH + 1]        in
+    steeper_ptr,  # [DEPTH + 1]       in
+    peak_ptr,  # [N]                  in
+    share_ptr,  # [N]                 in
+    lighter_ptr,  # [N, DEPTH + 1]    in
+    pull_ptr,  # [N, DEPTH]           in
+    weights_ptr,  # [N]               in, ∂L/∂loss
+    at_positive_ptr,  # [N]           in, ∂loss_i/∂S_ij at the positive
+    gradient_ptr,  # [N or M, D]      out
+    queries_stride,
+    keys_stride,
+    n,
+    m,
+    dim,
+    alpha,
+    positive_offset,
+    QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
+    DEPTH: tl.constexpr,
+    DETACH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRADIENT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """G as in `gradient_tile`."""
+    gradient_loop(
+        queries_ptr, keys_ptr, gradient_ptr, queries_stride, keys_stride, n, m, dim,
+        (
+            peak_ptr, share_ptr, lighter_ptr, pull_ptr, weights_ptr, at_positive_ptr,
+            scalars(scales_ptr, DEPTH + 1), scalars(steeper_ptr, DEPTH + 1), alpha, positive_offset,
+            DETACH,
+        ),
+        row_values, key_values, gradient_tile, QUERIES, False, WIDTH, CHUNKS, FULL, PRECISION,
+        GRADIENT_PRECISION, UPCAST, ROWS, COLS,
+    )  # fmt: skip
+
+
+@triton.jit
+def row_values(tables, first_i, n, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """What `gradient_tile` needs of its rows, [ROWS, 1] each; weights belong to share already."""
+    peak_ptr, share_ptr, lighter_ptr, pull_ptr, weights_ptr, at_positive_ptr, c, _, _, _, _ = tables
+    DEPTH: tl.constexpr = len(c) - 1
+    DETACH: tl.constexpr = tables[10]
+    peak, share, lighter = ratio_values(
+        peak_ptr, share_ptr, lighter_ptr, first_i, n, DEPTH, ROWS, MASKED
+    )
+    weights = block_values(weights_ptr, 1, first_i, n, ROWS, MASKED)
+    at_positive = block_values(at_positive_ptr, 1, first_i, n, ROWS, MASKED) * weights
+    pull = ()
+    if not DETACH:
+        for t in tl.static_range(DEPTH):
+            pull = pull + (block_values(pull_ptr + t, DEPTH, first_i, n, ROWS, MASKED) * c[t],)
+    return peak, share * weights, lighter, pull, at_positive
+
+
+@triton.jit
+def key_values(tables, first_j, m, COLS: tl.constexpr, MASKED: tl.constexpr):
+    """Keys need none."""
+    return ()
+
+
+@triton.jit
+def gradient_tile(
+    s,
+    tables,
+    rows,
+    keys,
+    first_i,
+    first_j,
+    m,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """weights · q_0 (Σ_{t>0} c_t (e_t − r_t) + w_t y_t − Σ_{t<depth} c_t e_t pull_t), and
+
+    at the positive weights · at_positive;  y_t = (1 − α) y_{t−1} + α c_{t−1} e_{t−1}
+    """
+    _, _, _, _, _, _, c, steeper, alpha, positive_offset, _ = tables
+    DEPTH: tl.constexpr = len(c) - 1
+    DETACH: tl.constexpr = tables[10]
+    peak, share, lighter, pull, at_positive = rows
+    x = s - peak
+    if LAST:
+        x = tl.where((first_j + tl.arange(0, COLS) < m)[None, :], x, 0.0)
+    # e_0 = 1, r_1 = α and y_1 = α c_0 wherever the key is
+    r = alpha
+    log_r = tl.log(tl.maximum(alpha, TINY))
+    y = alpha * c[0]
+    g = tl.zeros_like(x)
+    if not DETACH:
+        g -= pull[0]
+    for t in tl.static_range(1, DEPTH + 1):
+        log_e = x * steeper[t] - lighter[t]
+        e = tl.exp2(log_e * LOG2E)
+        g += c[t] * (e - r)
+        if not DETACH:
+            g += y * (log_r - log_e)
+        if t < DEPTH:
+            r = (1 - alpha) * r + alpha * e
+            if not DETACH:
+                log_r = tl.log(tl.maximum(r, TINY))
+                g -= e * pull[t]
+                y = (1 - alpha) * y + (alpha * c[t]) * e
+    g = tl.exp2(x * (c[0] * LOG2E)) * share * g
+    if touches(first_i, ROWS, first_j, COLS, positive_offset):
+        i = first_i + tl.arange(0, ROWS)
+        j = first_j + tl.arange(0, COLS)
+        g = tl.where(on_diagonal(i, j, positive_offset), at_positive, g)
+    return g
+
+
+def recursion(
+    queries: Tensor,
+    keys: Tensor,
+    scales: Tensor,
+    alpha: float,
+    positive_offset: int,
+    detach_target: bool,
+    peak: Tensor,
+    log_mass: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # [N], [N, depth], [N, T]
+    queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
+    n, dim = queries.shape
+    depth = len(scales) - 1
+    loss = queries.new_empty(n, dtype=torch.float32)
+    pull = loss.new_empty(n, depth)
+    slope = loss.new_empty(n, depth + 1)
+    config = launch.config("recursion", queries)
+    _recursion_fwd[(triton.cdiv(n, config.rows),)](
+        queries, keys, *row_tables(scales, peak, log_mass), loss, pull, slope, queries.stride(0),
+        keys.stride(0), n, keys.shape[0], dim, alpha, positive_offset, DEPTH=depth,
+        DETACH=detach_target, **launch.dims(queries), ROWS=config.rows, COLS=config.cols,
+        **config.options,
+    )  # fmt: skip
+    return loss, pull, slope
+
+
+def recursion_backward(
+    queries: Tensor,
+    keys: Tensor,
+    scales: Tensor,
+    alpha: float,
+    positive_offset: int,
+    detach_target: bool,
+    peak: Tensor,
+    log_mass: Tensor,
+    pull: Tensor,
+    weights: Tensor,
+    at_positive: Tensor,
+) -> tuple[Tensor, Tensor]:
+    queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
+    tables = row_tables(scales, peak, log_mass)
+    rows = pull.contiguous(), weights.contiguous(), at_positive.contiguous()
+    config, dims = launch.config("recursion_bwd", queries), launch.dims(queries)
+    results = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+    for gradient, to_queries in zip(results, (True, False), strict=True):
+        block = config.rows if to_queries else config.cols
+        _recursion_bwd[(triton.cdiv(len(gradient), block), dims["CHUNKS"])](
+            queries, keys, *tables, *rows, gradient, queries.stride(0), keys.stride(0),
+            queries.shape[0], keys.shape[0], queries.shape[1], alpha, positive_offset,
+            QUERIES=to_queries, DEPTH=len(scales) - 1, DETACH=detach_target, **dims,
+            GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
+            COLS=config.cols, **config.options,
+        )  # fmt: skip
+    return results
+
+
+def row_tables(scales: Tensor, peak: Tensor, log_mass: Tensor) -> tuple[Tensor, ...]:
+    """c_t, c_t − c_0, peak, 1 / mass_0, log mass_t − log mass_0: subtracted before rounding."""
+    share = torch.exp(-log_mass[:, 0])
+    tables = (scales, scales - scales[0], peak, share, log_mass - log_mass[:, :1])
+    return tuple(x.float().contiguous() for x in tables)

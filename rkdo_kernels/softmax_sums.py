@@ -1,0 +1,308 @@
+"""Kernels: softmax sums of S or of a Student-t kernel by a running maximum; their gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .gradient_loop import gradient_loop
+from .primitives import (
+    LANES,
+    LOG2E,
+    block_values,
+    fold,
+    leave_out,
+    load_rows,
+    scalars,
+    similarity_tile,
+)
+
+# Below every x: the peak's start, and lower still an entry that is left out: it weighs nothing.
+LOWEST = tl.constexpr(-1e30)
+LEFT_OUT = tl.constexpr(-2e30)
+
+
+@triton.jit
+def _softmax_sums_fwd(
+    queries_ptr,  # [N, D]         in
+    keys_ptr,  # [M, D]            in
+    queries_square_ptr,  # [N]     in, ‖zq‖², for STUDENT
+    keys_square_ptr,  # [M]        in
+    scales_ptr,  # [SCALES]        in, c_t
+    peak_ptr,  # [N]               out
+    mass_ptr,  # [N, SCALES]       out
+    slope_ptr,  # [N, SCALES]      out
+    total_ptr,  # [N]              out
+    queries_stride,
+    keys_stride,
+    n,
+    m,
+    dim,
+    exclude_a,
+    exclude_b,
+    SCALES: tl.constexpr,
+    STUDENT: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """One program per block of rows i, with x = S or −log(1 + ‖zq − zk‖²):
+
+    peak = max_j x,  mass_t = Σ_j exp(c_t (x − peak)),  slope_t = ∂mass_t/∂c_t,  total = Σ_j x
+    """
+    first_i = tl.program_id(0) * ROWS
+    q = load_rows(queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST)
+    scales = scalars(scales_ptr, SCALES)
+    tables = (keys_square_ptr, exclude_a, exclude_b)
+    square = block_values(queries_square_ptr, 1, first_i, n, ROWS, True) if STUDENT else 0.0
+    peak = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS, LANES], tl.float32)
+    mass = ()
+    slope = ()
+    for _ in tl.static_range(SCALES):
+        mass = mass + (tl.zeros([ROWS, LANES], tl.float32),)
+        slope = slope + (tl.zeros([ROWS, LANES], tl.float32),)
+    whole = m // COLS * COLS
+    for first_j in range(0, whole, COLS):
+        peak, total, mass, slope = add_sums(
+            peak, total, mass, slope, q, square, scales, tables, queries_ptr, queries_stride,
+            first_i, n, keys_ptr, keys_stride, first_j, m, dim, STUDENT, EXCLUDE, ROWS, COLS, WIDTH,
+            CHUNKS, FULL, PRECISION, UPCAST, False,
+        )  # fmt: skip
+    if whole < m:
+        peak, total, mass, slope = add_sums(
+            peak, total, mass, slope, q, square, scales, tables, queries_ptr, queries_stride,
+            first_i, n, keys_ptr, keys_stride, whole, m, dim, STUDENT, EXCLUDE, ROWS, COLS, WIDTH,
+            CHUNKS, FULL, PRECISION, UPCAST, True,
+        )  # fmt: skip
+    i = first_i + tl.arange(0, ROWS)
+    tl.store(peak_ptr + i, peak, mask=i < n)
+    tl.store(total_ptr + i, tl.sum(total, 1), mask=i < n)
+    table = i.to(tl.int64) * SCALES
+    for t in tl.static_range(SCALES):
+        tl.store(mass_ptr + table + t, tl.sum(mass[t], 1), mask=i < n)
+        tl.store(slope_ptr + table + t, tl.sum(slope[t], 1), mask=i < n)
+
+
+@triton.jit
+def add_sums(
+    peak,  # [ROWS]
+    total,  # [ROWS, LANES]: partial sums
+    mass,
+    slope,
+    q,
+    square,  # ‖zq‖², [ROWS, 1]
+    scales,
+    tables,
+    queries_ptr,
+    queries_stride,
+    first_i,
+    n,
+    keys_ptr,
+    keys_stride,
+    first_j,
+    m,
+    dim,
+    STUDENT: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    LAST: tl.constexpr,  # some keys may be past the last
+):
+    """The sums with a tile more, all of them for the peak of both."""
+    keys_square_ptr, exclude_a, exclude_b = tables
+    k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, LAST, UPCAST)
+    x = similarity_tile(
+        q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
+        ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+    )  # fmt: skip
+    if STUDENT:
+        keys_square = tl.trans(block_values(keys_square_ptr, 1, first_j, m, COLS, LAST))
+        x = -tl.log(student_distance(x, square, keys_square))
+    if LAST:
+        there = (first_j + tl.arange(0, COLS) < m)[None, :]
+        x = tl.where(there, x, 0.0)
+    kept = leave_out(x, first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
+    total += fold(kept, ROWS, COLS)
+    if LAST:
+        x = tl.where(there, x, LEFT_OUT)
+    x = leave_out(x, first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS, LEFT_OUT)
+    risen = tl.maximum(peak, tl.max(x, 1))
+    fall = (peak - risen)[:, None]
+    x = x - risen[:, None]
+    new_mass = ()
+    new_slope = ()
+    for t in tl.static_range(len(scales)):
+        c = scales[t] * LOG2E
+        shrink = tl.exp2(fall * c)
+        e = tl.exp2(x * c)
+        new_slope = new_slope + (shrink * (slope[t] + fall * mass[t]) + fold(e * x, ROWS, COLS),)
+        new_mass = new_mass + (shrink * mass[t] + fold(e, ROWS, COLS),)
+    return risen, total, new_mass, new_slope
+
+
+@triton.jit
+def _softmax_sums_bwd(
+    queries_ptr,  # [N, D]            in
+    keys_ptr,  # [M, D]               in
+    queries_square_ptr,  # [N]        in
+    keys_square_ptr,  # [M]           in
+    scales_ptr,  # [SCALES]           in
+    peak_ptr,  # [N]                  in
+    weights_ptr,  # [N, SCALES]       in, ∂L/∂mass
+    total_weight_ptr,  # [N]          in, ∂L/∂total
+    gradient_ptr,  # [N or M, D]      out
+    queries_stride,
+    keys_stride,
+    n,
+    m,
+    dim,
+    exclude_a,
+    exclude_b,
+    QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
+    SCALES: tl.constexpr,
+    STUDENT: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRADIENT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """For STUDENT x = −log v with v = 1 + ‖zq − zk‖², and G = 2/v ∂L/∂x weighs zk − zq."""
+    gradient_loop(
+        queries_ptr, keys_ptr, gradient_ptr, queries_stride, keys_stride, n, m, dim,
+        (
+            scalars(scales_ptr, SCALES), peak_ptr, total_weight_ptr, weights_ptr,
+            queries_square_ptr, keys_square_ptr, exclude_a, exclude_b, STUDENT, EXCLUDE,
+        ),
+        row_values, key_values, gradient_tile, QUERIES, STUDENT, WIDTH, CHUNKS, FULL, PRECISION,
+        GRADIENT_PRECISION, UPCAST, ROWS, COLS,
+    )  # fmt: skip
+
+
+@triton.jit
+def row_values(tables, first_i, n, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """peak, total_weight, weights_t c_t for all t, and ‖zq‖² for STUDENT: [ROWS, 1] each."""
+    scales, peak_ptr, total_weight_ptr, weights_ptr, square_ptr, _, _, _, _, _ = tables
+    STUDENT: tl.constexpr = tables[8]
+    weights = ()
+    for t in tl.static_range(len(scales)):
+        w = block_values(weights_ptr + t, len(scales), first_i, n, ROWS, MASKED)
+        weights = weights + (w * scales[t],)
+    peak = block_values(peak_ptr, 1, first_i, n, ROWS, MASKED)
+    total_weight = block_values(total_weight_ptr, 1, first_i, n, ROWS, MASKED)
+    square = block_values(square_ptr, 1, first_i, n, ROWS, MASKED) if STUDENT else 0.0
+    return peak, total_weight, weights, square
+
+
+@triton.jit
+def key_values(tables, first_j, m, COLS: tl.constexpr, MASKED: tl.constexpr):
+    """‖zk‖² for STUDENT, [1, COLS]."""
+    STUDENT: tl.constexpr = tables[8]
+    return tl.trans(block_values(tables[5], 1, first_j, m, COLS, MASKED)) if STUDENT else 0.0
+
+
+@triton.jit
+def gradient_tile(
+    s,
+    tables,
+    rows,
+    keys_square,
+    first_i,
+    first_j,
+    m,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """∂L/∂x = Σ_t weights_t c_t exp(c_t (x − peak)) + total_weight; for STUDENT that · 2 / v."""
+    scales, _, _, _, _, _, exclude_a, exclude_b, _, _ = tables
+    STUDENT: tl.constexpr = tables[8]
+    EXCLUDE: tl.constexpr = tables[9]
+    peak, g, weights, square = rows
+    x = s
+    if STUDENT:
+        distance = student_distance(s, square, keys_square)
+        x = -tl.log(distance)
+    x = x - peak
+    for t in tl.static_range(len(scales)):
+        g = g + weights[t] * tl.exp2(x * (scales[t] * LOG2E))
+    if STUDENT:
+        g = 2.0 * g / distance
+    if LAST:
+        g = tl.where((first_j + tl.arange(0, COLS) < m)[None, :], g, 0.0)
+    return leave_out(g, first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
+
+
+@triton.jit
+def student_distance(s, queries_square, keys_square):
+    """1 + ‖zq_i − zk_j‖², [ROWS, COLS]."""
+    square = queries_square + keys_square - 2.0 * s
+    return 1.0 + tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+def softmax_sums(
+    queries: Tensor, keys: Tensor, scales: Tensor, student: bool, exclude: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N], [N, T], [N, T], [N]
+    queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
+    n, dim = queries.shape
+    peak, total = queries.new_empty(2, n, dtype=torch.float32)
+    mass, slope = queries.new_empty(2, n, len(scales), dtype=torch.float32)
+    config = launch.config("softmax_sums", queries)
+    _softmax_sums_fwd[(triton.cdiv(n, config.rows),)](
+        queries, keys, *squares(queries, keys, student), scales, peak, mass, slope, total,
+        queries.stride(0), keys.stride(0), n, keys.shape[0], dim, *launch.excluded(exclude),
+        SCALES=len(scales), STUDENT=student, EXCLUDE=len(exclude), **launch.dims(queries),
+        ROWS=config.rows, COLS=config.cols, **config.options,
+    )  # fmt: skip
+    return peak, mass, slope, total
+
+
+def softmax_sums_backward(
+    queries: Tensor,
+    keys: Tensor,
+    scales: Tensor,
+    student: bool,
+    exclude: list[int],
+    peak: Tensor,
+    weights: Tensor,
+    total_weight: Tensor,
+) -> tuple[Tensor, Tensor]:
+    queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
+    rows = peak.contiguous(), weights.contiguous(), total_weight.contiguous()
+    config, dims = launch.config("softmax_sums_bwd", queries), launch.dims(queries)
+    results = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+    for gradient, to_queries in zip(results, (True, False), strict=True):
+        block = config.rows if to_queries else config.cols
+        _softmax_sums_bwd[(triton.cdiv(len(gradient), block), dims["CHUNKS"])](
+            queries, keys, *squares(queries, keys, student), scales, *rows, gradient,
+            queries.stride(0), keys.stride(0), queries.shape[0], keys.shape[0], queries.shape[1],
+            *launch.excluded(exclude), QUERIES=to_queries, SCALES=len(scales), STUDENT=student,
+            EXCLUDE=len(exclude), **dims, GRADIENT_PRECISION=launch.gradient_precision(queries),
+            ROWS=config.rows, COLS=config.cols, **config.options,
+        )  # fmt: skip
+    return results
+
+
+def squares(queries: Tensor, keys: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """‖zq_i‖², [N], and ‖zk_j‖², [M], fp32; if they are not wanted, tensors that nobody reads."""
+    if not wanted:
+        return queries, keys
+    return queries.float().square().sum(1), keys.float().square().sum(1)
