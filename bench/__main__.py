@@ -1,41 +1,52 @@
 """python -m bench            the cases on this machine: a table, and a JSON line a result
 python -m bench static     what the compiler makes of the kernels, for four targets, anywhere
+python -m bench gpu        a CUDA machine's one command: correctness, then speed
+python -m bench precision  digits of loss and gradient against float64
+python -m bench demo       what README shows of `make demo`
 python -m bench plot       pictures from result files
-python -m bench gpu        a CUDA machine's one command: correctness, then speed"""
+python -m bench readme     README's numbers and pictures, from the files in bench/results"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
-from .errors import BenchError
+from .errors import BenchError, Parser
+
+ELSEWHERE = {  # the module whose main is the command
+    "static": "static_table",
+    "gpu": "gpu",
+    "precision": "precision",
+    "demo": "demo",
+    "plot": "plot",
+    "readme": "readme",
+}
+STOPPED = 130  # by Ctrl-C, as shells have it
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
+    command: Callable[[list[str]], int] = run
     try:
-        if arguments[:1] == ["static"]:
-            from .static_table import main as static
-
-            return static(arguments[1:])
-        if arguments[:1] == ["plot"]:
-            return plot(arguments[1:])
-        if arguments[:1] == ["gpu"]:
-            from .gpu import main as gpu
-
-            return gpu(arguments[1:])
-        return run(arguments)
+        if arguments and arguments[0] in ELSEWHERE:
+            command = import_module(f".{ELSEWHERE[arguments[0]]}", __package__).main
+            arguments = arguments[1:]
+        return command(arguments)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"bench: needs {error.name}, which is not installed", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return STOPPED
 
 
 def run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="few sizes, few rounds, minutes")
@@ -53,38 +64,33 @@ def run(arguments: list[str]) -> int:
                         help="compare FILE to --against instead of measuring")  # fmt: skip
     chosen = parser.parse_args(arguments)
     from . import report, session
-    from .record import read
+    from .measure import QUICK, Effort
+    from .record import Writer, default_path, read
 
-    before = read(chosen.against) if chosen.against else None
-    if chosen.new and before is None:
-        raise BenchError("--with needs --against")
-    results = read(chosen.new) if chosen.new else session.run(chosen)
-    if not chosen.new:
+    before = read(chosen.against) if chosen.against else []
+    if chosen.new:
+        if not before:
+            raise BenchError("--with needs --against")
+        results, complete = read(chosen.new), True
+        report.comparable([*before, *results], results[0].device, results[0].threads)
+    else:
+        problems, device = session.prepare(chosen)
+        report.comparable(before, *session.hardware(device))  # before the minutes that it takes
+        writer = Writer(chosen.out or default_path(device))
+        effort = QUICK if chosen.quick else Effort()
+        complete, results = session.measure_all(problems, device, effort, writer), writer.results
+        if results:
+            print(f"{len(results)} results in {writer.path}\n")
         print(report.table(results))
         print("\n" + "\n".join(report.ratios(results)))
-    if before is None:
-        return 0
+    if not complete:
+        return STOPPED
+    if not before:
+        return 1 if session.at_fault(results) else 0
     worse, notes = report.against(before, results)
-    print("\n".join([*notes, *worse]) or f"nothing is over 5 % worse than in {chosen.against}")
+    fine = [] if worse else [f"nothing is over 5 % worse than in {chosen.against}"]
+    print("\n".join([*notes, *worse, *fine]))
     return 1 if worse else 0
-
-
-def plot(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench plot")
-    parser.add_argument("files", nargs="*", type=Path, help="result files; all of them if none")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="beside the first file if not given"
-    )
-    chosen = parser.parse_args(arguments)
-    from . import plot as drawing
-    from .record import FOLDER
-
-    files = chosen.files or sorted(FOLDER.glob("*.jsonl"))
-    if not files:
-        raise BenchError(f"no result files in {FOLDER}")
-    for path in drawing.draw(files, chosen.out or files[0].parent):
-        print(path)
-    return 0
 
 
 if __name__ == "__main__":

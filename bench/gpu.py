@@ -7,19 +7,20 @@ From a bare checkout, in under nine minutes. DIR gets checks.jsonl, results.json
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .cases import CASES, Case
-from .errors import BenchError
+from .errors import BenchError, Parser
 from .measure import Effort
-from .record import Result, Writer
+from .record import Result, Writer, make_folder
+from .session import Problem, at_fault, measure_all
 
 MINUTES = 8.3
 CHECKS_SHARE = 0.55  # of the time, at most
@@ -45,91 +46,127 @@ PLAN: tuple[
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__)
+    parser = Parser(prog="python -m bench gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--skip-checks", action="store_true")
     parser.add_argument("--skip-speed", action="store_true")
     chosen = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise BenchError("no GPU that PyTorch can use")
-    start = time.monotonic()
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    need_a_gpu()
+    make_folder(chosen.out)
     for name in ("checks.jsonl", "results.jsonl"):
         if (chosen.out / name).exists():
             raise BenchError(f"{chosen.out / name} exists already: pass another --out")
+    found = Found(chosen.out)
+    start = time.monotonic()
     allowed = 60 * chosen.minutes
-    failed, counted = 0, 0
-    if not chosen.skip_checks:
-        failed, counted = check(chosen.out / "checks.jsonl", start + CHECKS_SHARE * allowed)
-    results: list[Result] = []
-    if not chosen.skip_speed:
-        results = speed(chosen.out / "results.jsonl", start + allowed)
-    summarise(results, failed, counted, time.monotonic() - start, chosen.out)
-    return 1 if failed or any(x.status == "wrong" for x in ours(results)) else 0
+    try:
+        if not chosen.skip_checks:
+            guarded(found, "checks", partial(check, found, start + CHECKS_SHARE * allowed))
+        if not chosen.skip_speed and not found.interrupted:
+            guarded(found, "speed", partial(speed, found, start + allowed))
+        guarded(found, "summary", partial(summarise, found))
+    except KeyboardInterrupt:
+        found.interrupted = True
+    seconds = time.monotonic() - start
+    print(
+        f"\nsummary: {found.passed} of {found.counted} checks passed, "
+        f"{len(found.results)} results, {len(unwell(found.results))} of ours not ok, "
+        f"{len(found.broken)} parts broken off, {seconds / 60:.1f} minutes, in {found.folder}",
+        flush=True,
+    )
+    if found.interrupted:
+        return 130
+    return 1 if found.passed < found.counted or found.broken or at_fault(found.results) else 0
 
 
-def check(path: Path, until: float) -> tuple[int, int]:
-    """How many checks failed, of how many; each is printed and kept as it ends."""
+@dataclass
+class Found:
+    """What is known so far, whatever comes next."""
+
+    folder: Path
+    counted: int = 0  # checks
+    passed: int = 0
+    results: list[Result] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)  # parts that ended with an error
+    interrupted: bool = False
+
+
+def need_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise BenchError("no GPU that PyTorch can use")
+    from rkdo_kernels import launch
+
+    if (status := launch.triton_status()) != "compiled":
+        raise BenchError(f"Triton is {status}: the kernels would not run on this GPU")
+
+
+def guarded(found: Found, part: str, run: Callable[[], None]) -> None:
+    """A part that breaks off is said and counted; the next one still runs."""
+    try:
+        run()
+    except Exception as error:
+        text = next(iter(str(error).splitlines()), "")
+        print(f"{part} broke off: {type(error).__name__}: {text[:160]}", flush=True)
+        found.broken.append(part)
+
+
+def check(found: Found, until: float) -> None:
+    """Every check is printed and kept as it ends."""
     from . import gpu_checks
 
-    failed = counted = 0
-    with path.open("x") as file:
-        for result in gpu_checks.run():
-            counted += 1
-            failed += not result.passed
-            file.write(json.dumps(asdict(result)) + "\n")
-            file.flush()
-            if not result.passed or not result.name.startswith("accuracy"):
-                word = "passed" if result.passed else "FAILED"
-                print(f"{word}  {result.name}: {result.detail}", flush=True)
-            if time.monotonic() > until:
-                print("out of time for checks: the rest is not run")
-                break
-    print(f"{counted - failed} of {counted} checks passed\n", flush=True)
-    return failed, counted
+    with (found.folder / "checks.jsonl").open("x") as file:
+        try:
+            for result in gpu_checks.run():
+                found.counted += 1
+                found.passed += result.passed
+                file.write(json.dumps(asdict(result)) + "\n")
+                file.flush()
+                if not result.passed or not result.name.startswith("accuracy"):
+                    word = "passed" if result.passed else "FAILED"
+                    print(f"{word}  {result.name}: {result.detail}", flush=True)
+                if time.monotonic() > until:
+                    print("out of time for checks: the rest is not run")
+                    break
+        except KeyboardInterrupt:
+            found.interrupted = True
+    print(f"{found.passed} of {found.counted} checks passed\n", flush=True)
 
 
-def speed(path: Path, until: float) -> list[Result]:
-    from . import session
-
+def speed(found: Found, until: float) -> None:
     known: dict[str, Case] = {case.name: case for case in CASES}
     problems = [
-        session.Problem(known[name], n, d, dtype, skip)
+        Problem(known[name], n, d, dtype, skip)
         for name, dtype, shapes, skip in PLAN
         for n, d in shapes
     ]
-    return session.measure_all(problems, "cuda", EFFORT, Writer(path), until)
+    writer = Writer(found.folder / "results.jsonl")
+    found.results = writer.results  # whatever comes in between
+    found.interrupted = not measure_all(problems, "cuda", EFFORT, writer, until)
 
 
-def ours(results: list[Result]) -> list[Result]:
-    return [x for x in results if x.contender.startswith("ours")]
+def unwell(results: list[Result]) -> list[Result]:
+    return [x for x in results if x.contender.startswith("ours") and x.status != "ok"]
 
 
-def summarise(
-    results: list[Result], failed: int, counted: int, seconds: float, folder: Path
-) -> None:
+def summarise(found: Found) -> None:
     from . import plot, report
 
-    if results:
-        print("\n" + report.table(results) + "\n")
-        print("\n".join(report.ratios(results)))
-        try:
-            pictures = plot.draw([folder / "results.jsonl"], folder)
-            print(f"pictures: {', '.join(x.name for x in pictures)}")
-        except (BenchError, ImportError) as error:
-            print(f"no pictures: {error}", file=sys.stderr)
-    for result in ours(results):
-        if result.floor and result.p50:
+    if not found.results:
+        return
+    print("\n" + report.table(found.results) + "\n")
+    print("\n".join(report.ratios(found.results)))
+    for result in found.results:
+        if result.contender.startswith("ours") and result.floor and result.p50:
             print(
                 f"{result.case} {result.contender} N={result.n} d={result.d} {result.dtype}: "
                 f"{report.duration(result.p50)}, {result.p50 / result.floor:.2f} × the floor, "
                 f"wall {report.duration(result.wall)}, {report.size(result.peak_bytes)}"
             )
-    bad = [x for x in ours(results) if x.status != "ok"]
-    for result in bad:
+    for result in unwell(found.results):
         print(f"{result.status}: {result.case} {result.contender} N={result.n} {result.detail}")
-    print(
-        f"\nsummary: {counted - failed} of {counted} checks passed, {len(results)} results, "
-        f"{len(bad)} of ours not ok, {seconds / 60:.1f} minutes, in {folder}"
-    )
+    try:
+        pictures = plot.draw([found.folder / "results.jsonl"], found.folder)
+        print(f"pictures: {', '.join(x.name for x in pictures)}")
+    except (BenchError, ImportError) as error:
+        print(f"no pictures: {error}")

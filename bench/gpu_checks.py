@@ -14,9 +14,10 @@ from rkdo_kernels import reference
 
 from . import accuracy, contenders, gpu_timing
 from .contenders import Contender, RowLoss
-from .measure import DTYPES, forward_and_backward
+from .measure import DTYPES, forward_and_backward, release
 from .problems import two_views
 
+DEVICE = "cuda"
 SHAPES = (
     (129, 200, "fp32"), (1, 1, "bf16"), (3, 31, "fp16"), (1024, 512, "bf16"), (1024, 64, "fp16"),
     (1, 1, "fp32"), (129, 200, "bf16"), (1024, 512, "fp32"), (129, 200, "fp16"), (3, 31, "bf16"),
@@ -72,7 +73,7 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
         text = next(iter(str(error).splitlines()), "")
         return Check(name, False, f"{type(error).__name__}: {text[:160]}")
     finally:
-        torch.cuda.empty_cache()
+        release(DEVICE)
 
 
 def run() -> Iterator[Check]:
@@ -101,11 +102,11 @@ def run() -> Iterator[Check]:
 
 
 def loss_of(contender: Contender, n: int) -> contenders.Loss:
-    return contender.make(n, torch.device("cuda"))
+    return contender.make(n, torch.device(DEVICE))
 
 
 def accurate(label: str, contender: Contender, n: int, d: int, dtype: str) -> Check:
-    inputs = two_views(n, d, DTYPES[dtype], "cuda")
+    inputs = two_views(n, d, DTYPES[dtype], DEVICE)
     return compare(label, contender, inputs, accuracy.evaluate(loss_of(contender, n), inputs))
 
 
@@ -121,8 +122,8 @@ def compare(
 def far_apart(label: str, contender: Contender) -> Check:
     """2305 rows of 64, 2²⁰ elements from one to the next: the last starts past 2³¹."""
     n, d, apart = 2305, 64, 1 << 20
-    near = two_views(n, d, torch.bfloat16, "cuda")
-    room = torch.empty(n * apart, dtype=torch.bfloat16, device="cuda")
+    near = two_views(n, d, torch.bfloat16, DEVICE)
+    room = torch.empty(n * apart, dtype=torch.bfloat16, device=DEVICE)
     far = room.as_strided((n, d), (apart, 1))
     far.copy_(near["keys"].detach())
     inputs = {"queries": near["queries"], "keys": far}
@@ -131,10 +132,10 @@ def far_apart(label: str, contender: Contender) -> Check:
 
 
 def bitwise(label: str, contender: Contender) -> Check:
-    inputs = two_views(1001, 64, torch.bfloat16, "cuda")
+    inputs = two_views(1001, 64, torch.bfloat16, DEVICE)
     loss = loss_of(contender, 1001)
     first = accuracy.evaluate(loss, inputs)
-    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(RERUNS):
         again = accuracy.evaluate(loss, inputs)
         for name, x in first.items():
@@ -145,7 +146,7 @@ def bitwise(label: str, contender: Contender) -> Check:
 
 def in_a_graph(label: str, contender: Contender) -> Check:
     """Captured once, replayed on other numbers: the same bits as without a graph."""
-    inputs, others = (two_views(129, 64, torch.float32, "cuda", seed=seed) for seed in (0, 1))
+    inputs, others = (two_views(129, 64, torch.float32, DEVICE, seed=seed) for seed in (0, 1))
     loss = loss_of(contender, 129)
     replay = gpu_timing.replayed(partial(forward_and_backward, loss, inputs))
     with torch.no_grad():

@@ -9,13 +9,15 @@ import torch
 
 from .cases import Work
 
+DEVICE = "cuda"
+
 
 class DeviceTimer:
     """Seconds of one call between two events, with the L2 cache full of something else."""
 
     def __init__(self) -> None:
         size = torch.cuda.get_device_properties(0).L2_cache_size
-        self.other = torch.empty(2 * max(size, 1 << 26), dtype=torch.uint8, device="cuda")
+        self.other = torch.empty(2 * max(size, 1 << 26), dtype=torch.uint8, device=DEVICE)
         self.start = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 

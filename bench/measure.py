@@ -7,9 +7,11 @@ one contender to its end before the next; its statistics are used, its loop cann
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +28,9 @@ from .record import Result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLE = 5e-3  # seconds a CPU sample lasts at least
+NO_MEMORY = (  # as PyTorch and CUDA's libraries put it where they have no class for it
+    "out of memory", "not enough memory", "can't allocate memory", "alloc_failed",
+)  # fmt: skip
 BRIEF = 0.1  # seconds: a shorter call runs once untimed first, so that caches are its own
 
 
@@ -73,29 +78,44 @@ def measure(
         if contender.name in skip or contender.graph > on_gpu or on_gpu > contender.judged:
             continue
         found = Result(case.name, contender.name, n, d, dtype, "ok", **about)
+        broken = None
         try:
             entrants.append(enter(contender, inputs, found, known))
         except Exception as error:
-            yield replace(found, **failure(error))
-        release(device)
+            broken = failure(error)
+        release(device)  # not in the handler, whose error keeps what the contender held
+        if broken:
+            yield replace(found, **broken)
     if not entrants:
         return
     take_turns(entrants, device, effort)
     floor = floor_of(case, n, d, dtype, device, entrants)
+    interruption = None
     for entrant in entrants:
         found = replace(entrant.result, floor=floor)
         if entrant.failure:
             yield replace(found, **entrant.failure)
             continue
         found = replace(found, **percentiles(entrant.samples))
-        if device == "cuda":
-            found = replace(found, wall=wall_time(entrant.step))
-            if not entrant.contender.graph:
-                found = replace(found, peak_bytes=memory.on_gpu(entrant.step))
-        elif effort.memory and entrant.contender.judged:
-            peak = memory.apart(case, entrant.contender, entrant.variant, n, d, dtype)
-            found = replace(found, peak_bytes=peak)
+        try:
+            if device == "cuda":
+                found = replace(found, **seen_from_the_host(entrant))
+            elif effort.memory and entrant.contender.judged and not interruption:
+                peak = memory.apart(case, entrant.contender, entrant.variant, n, d, dtype)
+                found = replace(found, peak_bytes=peak)
+        except KeyboardInterrupt as stop:  # the times are there: they are kept
+            interruption = stop
+        except Exception as error:
+            found = replace(entrant.result, floor=floor, **failure(error))
         yield found
+    if interruption:
+        raise interruption
+
+
+def seen_from_the_host(entrant: Entrant) -> dict[str, Any]:
+    """Of a GPU's contender; a graph's memory was taken when it was captured."""
+    peak = None if entrant.contender.graph else memory.on_gpu(entrant.step)
+    return {"wall": wall_time(entrant.step), "peak_bytes": peak}
 
 
 def failure(error: Exception) -> dict[str, Any]:
@@ -104,7 +124,7 @@ def failure(error: Exception) -> dict[str, Any]:
     if isinstance(error, Unavailable):
         return {"status": "unavailable", "detail": text}
     starved = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    if starved or "not enough memory" in str(error) or "out of memory" in str(error).lower():
+    if starved or any(words in str(error).lower() for words in NO_MEMORY):
         return {"status": "oom", "detail": "out of memory"}
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         return {"status": "unavailable", "detail": f"torch.compile: {text[:160]}"}
@@ -155,18 +175,21 @@ def build(contender: Contender, n: int, device: torch.device, variant: int | Non
 
 
 def best_variant(contender: Contender, inputs: dict[str, Tensor]) -> int:
+    """The fastest, tried from the largest on until they get much slower: the rest would too."""
     queries = inputs["queries"]
     fitting = [x for x in contender.variants if x < len(queries)] or contender.variants[:1]
-    times = {}
-    for variant in fitting:
-        step = partial(
-            forward_and_backward, build(contender, len(queries), queries.device, variant), inputs
-        )
+    times: dict[int, float] = {}
+    for variant in sorted(fitting, reverse=True):
+        loss = build(contender, len(queries), queries.device, variant)
+        step = partial(forward_and_backward, loss, inputs)
         try:
             step()
             times[variant] = min(seconds(step, queries.device.type) for _ in range(2))
-        except (torch.OutOfMemoryError, MemoryError):
-            continue
+        except Exception as error:
+            if failure(error)["status"] != "oom":
+                raise
+        if times and times.get(variant, 0.0) > 1.5 * min(times.values()):
+            break
     if not times:
         raise torch.OutOfMemoryError("out of memory with every chunk")
     return min(times, key=lambda variant: times[variant])
@@ -244,4 +267,6 @@ def wall_time(step: Callable[[], Any]) -> float:
 
 def release(device: str) -> None:
     if device == "cuda":
-        torch.cuda.empty_cache()
+        gc.collect()
+        with suppress(RuntimeError):  # a broken device: the next contender says so
+            torch.cuda.empty_cache()

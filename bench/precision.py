@@ -1,6 +1,6 @@
 """Digits of RKDO's loss and gradient against float64, for float32 eager and for ours.
 
-python -m bench.precision        (writes bench/results/precision.jsonl and prints README's table)
+python -m bench precision        (writes bench/results/precision.jsonl and prints its table)
 """
 
 from __future__ import annotations
@@ -8,12 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from rkdo_kernels import launch, reference, rkdo_loss
+
+from .errors import Parser
+from .readme import precision_table
+from .record import environment
 
 RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
 N, D, DEPTH, ALPHA, COOLING = 512, 64, 3, 0.5, 0.1
@@ -41,46 +46,45 @@ def relative_errors(loss: Callable[..., Tensor], truth, pair) -> list[float]:
     return [float((a - b).norm() / b.norm()) for a, b in pairs]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    Parser(prog="python -m bench precision").parse_args(arguments)
+    about = environment("cpu")
     lines = []
-    print("| positives | τ | eager float32 | ours | path |\n|---|---|---|---|---|")
     for cosine in (None, 0.6, 0.95):
         for temperature in (0.5, 0.2, 0.1, 0.05, 0.01):
-            pair = views(cosine)
-
-            def materialised(q: Tensor, k: Tensor, temperature: float = temperature) -> Tensor:
-                return reference.rkdo_loss(q, k, temperature=temperature).mean()
-
-            def ours(q: Tensor, k: Tensor, temperature: float = temperature) -> Tensor:
-                return rkdo_loss(q, k, temperature=temperature, backend="tiled")
-
-            truth = evaluate(materialised, pair, torch.float64)
-            if truth[0] < 1e-10:  # float64 has too few digits of so small a loss to judge by
-                continue
-            eager = relative_errors(materialised, truth, pair)
-            fused = relative_errors(ours, truth, pair)
-            scales = [1 / (temperature * (1 - COOLING * t / DEPTH)) for t in range(DEPTH + 1)]
-            degree = launch.rkdo_degree(scales, ALPHA, 1.0, torch.float32)
-            path = "direct" if degree is None else f"moments, degree {degree}"
-            positives = "independent" if cosine is None else f"cos {cosine}"
-            shown = [f"{a:.0e} / {b:.0e}" for a, b in (eager, fused)]
-            print(f"| {positives} | {temperature} | {shown[0]} | {shown[1]} | {path} |")
-            lines.append(
-                {
-                    "positives": positives,
-                    "temperature": temperature,
-                    "path": path,
-                    "eager_loss": eager[0],
-                    "eager_gradient": eager[1],
-                    "ours_loss": fused[0],
-                    "ours_gradient": fused[1],
-                    "n": N,
-                    "d": D,
-                    "torch": torch.__version__,
-                }
-            )
-    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            if line := measured(cosine, temperature):
+                lines.append({**line, **about})
+    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print(precision_table(lines))
+    return 0
 
 
-if __name__ == "__main__":
-    main()
+def measured(cosine: float | None, temperature: float) -> dict[str, Any] | None:
+    """None where float64 has too few digits of so small a loss to judge by."""
+    pair = views(cosine)
+
+    def materialised(queries: Tensor, keys: Tensor) -> Tensor:
+        return reference.rkdo_loss(queries, keys, temperature=temperature).mean()
+
+    def ours(queries: Tensor, keys: Tensor) -> Tensor:
+        return rkdo_loss(queries, keys, temperature=temperature, backend="tiled")
+
+    truth = evaluate(materialised, pair, torch.float64)
+    if truth[0] < 1e-10:
+        return None
+    eager = relative_errors(materialised, truth, pair)
+    fused = relative_errors(ours, truth, pair)
+    scales = [1 / (temperature * (1 - COOLING * t / DEPTH)) for t in range(DEPTH + 1)]
+    degree = launch.rkdo_degree(scales, ALPHA, 1.0, torch.float32)
+    return {
+        "positives": "independent" if cosine is None else f"cos {cosine}",
+        "temperature": temperature,
+        "path": "direct" if degree is None else f"moments, degree {degree}",
+        "eager_loss": eager[0],
+        "eager_gradient": eager[1],
+        "ours_loss": fused[0],
+        "ours_gradient": fused[1],
+        "n": N,
+        "d": D,
+        "depth": DEPTH,
+    }

@@ -20,6 +20,7 @@ from .errors import BenchError
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("rkdo-kernels", "torch", "triton", "inf-cl")
+CODE = ("rkdo_kernels", "rkdo", "bench")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def device_name(device: str) -> str:
 
 def driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return output(command).splitlines()[0] if output(command) else "unknown"
+    return next(iter(output(command).splitlines()), "unknown")
 
 
 def versions() -> dict[str, str]:
@@ -106,13 +107,13 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> tuple[str, bool | None]:
-    """The commit, and whether the tree differs from it but for results; unknown outside git."""
-    folder = ["git", "-C", str(Path(__file__).parent.parent)]
-    commit = output([*folder, "rev-parse", "HEAD"])
-    if not commit:
+    """The commit, and whether the code that is measured differs from it; unknown outside git."""
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    commit = output([*git, "rev-parse", "HEAD"])
+    if not commit or not output([*git, "ls-files", "bench/record.py"]):  # someone else's git
         return "unknown", None
-    changed = output([*folder, "status", "--porcelain"]).splitlines()
-    return commit, any("bench/results/" not in line for line in changed)
+    changed = output([*git, "status", "--porcelain", "--", *CODE, ":!bench/results"])
+    return commit, bool(changed)
 
 
 def output(command: list[str]) -> str:
@@ -131,6 +132,18 @@ def default_path(device: str) -> Path:
     return FOLDER / f"{prefix}-{name}-{datetime.date.today().isoformat()}.jsonl"
 
 
+def benchmark_files() -> list[Path]:
+    """The result files of the benchmark among those that are kept."""
+    return sorted([*FOLDER.glob("cpu-*.jsonl"), *FOLDER.glob("gpu-*.jsonl")])
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BenchError(f"{path} cannot be a folder: {error.strerror}") from None
+
+
 class Writer:
     """Appends to a new file; every line is on the disk before the next is measured."""
 
@@ -143,21 +156,32 @@ class Writer:
         except OSError as error:
             raise BenchError(f"--out {path} cannot be written: {error.strerror}") from None
         self.path = path
+        self.results: list[Result] = []
 
     def write(self, result: Result) -> None:
         self.file.write(json.dumps(asdict(result)) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
+        self.results.append(result)
+
+    def close(self) -> None:
+        """Leaves no empty file."""
+        self.file.close()
+        if not self.results:
+            self.path.unlink(missing_ok=True)
 
 
 def read(path: Path) -> list[Result]:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise BenchError(f"{path}: no such result file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BenchError(f"{path} cannot be read: {error}") from None
-    return [parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise BenchError(f"{path} holds no result")
+    return found
 
 
 def parse(path: Path, number: int, line: str) -> Result:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+from .errors import BenchError
 from .record import Result, newest
 
 TOLERANCE = 1.05
+NO_GROWTH = 1 << 20  # bytes: less is the allocator's doing
 HEADER = ("case", "N", "d", "dtype", "contender", "p50", "p20–p80", "÷ ours", "peak", "error", "")
 
 
@@ -64,16 +67,45 @@ def ratios(results: Iterable[Result]) -> list[str]:
     for result in found:
         if result.contender in ("eager", "compiled") and (ratio := ratio_to_ours(result, found)):
             ours = next(x for x in found if x.problem == result.problem and x.contender == "ours")
+            peaks = [x.peak_bytes for x in (result, ours)]
+            against = f", peak {size(peaks[0])} against {size(peaks[1])}" if all(peaks) else ""
             lines.append(
                 f"{result.case} N={result.n} d={result.d} {result.dtype}: {result.contender} ÷ ours"
-                f" = {ratio:.2f}, peak {size(result.peak_bytes)} against {size(ours.peak_bytes)}"
+                f" = {ratio:.2f}{against}"
             )
-    by_depth = {x.contender: x for x in found if x.case == "depth" and x.p50}
-    for who in ("eager", "ours"):
-        shallow, deep = (by_depth.get(f"{who} depth {depth}") for depth in (1, 8))
-        if shallow and deep and shallow.p50 and deep.p50:
-            lines.append(f"{who}: depth 8 ÷ depth 1 = {deep.p50 / shallow.p50:.2f}")
+    for shallow, deep in depths(found):
+        who, _, depth = deep.contender.partition(" depth ")
+        lines.append(
+            f"{deep.case} N={deep.n} d={deep.d} {deep.dtype}: {who}: "
+            f"depth {depth} ÷ depth 1 = {times(deep, shallow):.2f}"
+        )
     return lines
+
+
+def depths(results: Iterable[Result]) -> list[tuple[Result, Result]]:
+    """Pairs of one problem: at depth 1, and deeper."""
+    found = {x.key: x for x in results if x.status == "ok" and x.p50}
+    pairs = []
+    for deep in found.values():
+        who, _, depth = deep.contender.partition(" depth ")
+        shallow = found.get(replace(deep, contender=f"{who} depth 1").key)
+        if depth not in ("", "1") and shallow:
+            pairs.append((shallow, deep))
+    return pairs
+
+
+def times(slower: Result, faster: Result) -> float:
+    return (slower.p50 or 0.0) / (faster.p50 or float("nan"))
+
+
+def comparable(results: Iterable[Result], device: str, threads: int) -> None:
+    """Raises BenchError unless all were measured on this hardware."""
+    for result in results:
+        if (result.device, result.threads) != (device, threads):
+            raise BenchError(
+                f"nothing to compare: {result.device}, {result.threads} threads, against "
+                f"{device}, {threads} threads"
+            )
 
 
 def against(before: Iterable[Result], now: Iterable[Result]) -> tuple[list[str], list[str]]:
@@ -83,6 +115,7 @@ def against(before: Iterable[Result], now: Iterable[Result]) -> tuple[list[str],
     """
     old, new = newest(before), newest(now)
     worse, notes = [], []
+    compared = 0
     for key, was in old.items():
         if not was.contender.startswith("ours") or was.status != "ok":
             continue
@@ -91,18 +124,27 @@ def against(before: Iterable[Result], now: Iterable[Result]) -> tuple[list[str],
             notes.append(f"{label}: not measured this time")
             continue
         is_now = new[key]
+        compared += 1
         if is_now.status != "ok":
             worse.append(f"{label}: was ok, is {is_now.status} {is_now.detail}".rstrip())
             continue
         then, later = cost(was, old), cost(is_now, new)
-        if (then is None or later is None) and was.p50 and is_now.p50:
+        if then is None or later is None:
             then, later = was.p50, is_now.p50
-        if then and later and later > TOLERANCE * then:
-            worse.append(f"{label}: time {100 * (later / then - 1):+.1f} %")
-        if was.peak_bytes and is_now.peak_bytes:
-            growth = is_now.peak_bytes / was.peak_bytes
-            if growth > TOLERANCE and is_now.peak_bytes - was.peak_bytes > 1 << 20:
-                worse.append(f"{label}: memory {100 * (growth - 1):+.1f} %")
+            notes.append(f"{label}: no eager beside it, so times are compared as they are")
+        for what, a, b, least in (
+            ("time", then, later, 0.0),
+            ("memory", was.peak_bytes, is_now.peak_bytes, NO_GROWTH),
+        ):
+            if not a or not b or abs(b - a) <= least:
+                continue
+            change = f"{label}: {what} {100 * (b / a - 1):+.1f} %"
+            if b > TOLERANCE * a:
+                worse.append(change)
+            elif a > TOLERANCE * b:
+                notes.append(change)
+    if not compared:
+        raise BenchError("nothing to compare: no result of ours is in both")
     return worse, notes
 
 

@@ -11,8 +11,8 @@ import torch
 
 from .cases import CASES, Case
 from .errors import BenchError
-from .measure import DTYPES, QUICK, Effort, measure
-from .record import Result, Writer, default_path, environment
+from .measure import DTYPES, Effort, measure
+from .record import Result, Writer, device_name, environment
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,26 @@ class Problem:
     skip: frozenset[str] = frozenset()
 
 
-def run(chosen: argparse.Namespace) -> list[Result]:
+def prepare(chosen: argparse.Namespace) -> tuple[list[Problem], str]:
+    """What was asked for, and the device; raises BenchError for what there is not."""
     device = pick_device(chosen.device)
-    if chosen.threads:
+    if chosen.threads is not None:
+        if chosen.threads < 1:
+            raise BenchError(f"--threads must be at least 1, got {chosen.threads}")
         torch.set_num_threads(chosen.threads)
-    problems = pick_problems(chosen, device)
-    writer = Writer(chosen.out or default_path(device))
-    results = measure_all(problems, device, QUICK if chosen.quick else Effort(), writer)
-    print(f"{len(results)} results in {writer.path}\n")
-    return results
+    return pick_problems(chosen, device), device
+
+
+def hardware(device: str) -> tuple[str, int]:
+    """What has to be the same for times to be compared: the device's name and its threads."""
+    return device_name(device), torch.get_num_threads()
+
+
+def at_fault(results: Iterable[Result]) -> list[Result]:
+    """Ours, where it was wrong or broke; a machine too small is no fault."""
+    return [
+        x for x in results if x.contender.startswith("ours") and x.status in ("wrong", "failed")
+    ]
 
 
 def pick_device(name: str | None) -> str:
@@ -87,8 +98,8 @@ def measure_all(
     effort: Effort,
     writer: Writer,
     until: float = float("inf"),
-) -> list[Result]:
-    """An interruption ends the run and keeps what it measured; so does passing `until`."""
+) -> bool:
+    """False if Ctrl-C ended the run; passing `until` ends it too. The writer has the results."""
     import threading
     import time
 
@@ -96,7 +107,6 @@ def measure_all(
 
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that forks would leak
     about = environment(device)
-    results: list[Result] = []
     bar = tqdm(problems, unit="problem", file=sys.stderr)
     try:
         for problem in bar:
@@ -109,9 +119,12 @@ def measure_all(
                 problem.skip,
             ):  # fmt: skip
                 writer.write(result)
-                results.append(result)
     except KeyboardInterrupt:
-        bar.write(f"interrupted: {len(results)} results are kept in {writer.path}", file=sys.stderr)
+        kept = f"{len(writer.results)} results are kept in {writer.path}"
+        bar.write(f"interrupted: {kept if writer.results else 'nothing was measured'}",
+                  file=sys.stderr)  # fmt: skip
+        return False
     finally:
         bar.close()
-    return results
+        writer.close()
+    return True

@@ -1,19 +1,22 @@
 """Measuring: what is wrong is called wrong, what fails is a result, what was measured is kept."""
 
-import json
-from dataclasses import asdict, replace
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bench_results import complaint, result, write
 
-from bench import accuracy, cases, contenders, measure, memory, plot, record, report, session
-from bench.__main__ import main
+from bench import accuracy, cases, contenders, measure, memory, record, report, session
 from bench.contenders import Contender
-from bench.errors import BenchError
-from bench.record import Result
 from rkdo_kernels import reference, rkdo_loss
 
+ROOT = Path(__file__).parent.parent
 EFFORT = measure.Effort(seconds=0.05, rounds=3, least=2, memory=False)
 ROWS = reference.rkdo_loss
 
@@ -30,23 +33,6 @@ def case(*others, name="tiny", shapes=((16, 8),)):
 def measured(*others, n=16):
     found = measure.measure(case(*others), n, 8, "fp32", "cpu", EFFORT, {"device": "test"})
     return {result.contender: result for result in found}
-
-
-def result(contender="ours", n=64, p50=1.0, **others):
-    values = {"status": "ok", "peak_bytes": 10_000_000, "floor": 0.1, "device": "test"}
-    return Result("rkdo_loss", contender, n, 64, "fp32", p50=p50, **{**values, **others})
-
-
-def write(path, results):
-    path.write_text("".join(json.dumps(asdict(x)) + "\n" for x in results))
-    return path
-
-
-def complaint(capsys, arguments):
-    assert main([str(x) for x in arguments]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -87,7 +73,8 @@ def test_a_wrong_contender_is_wrong_and_not_fast(loss):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "oom"),
         (MemoryError(), "oom"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: not enough memory"), "oom"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "oom"),
         (contenders.Unavailable("needs a GPU"), "unavailable"),
         (ValueError("broken\nand more"), "failed"),
     ],
@@ -100,6 +87,31 @@ def test_what_cannot_run_is_a_result(error, status):
     assert found["poor"].status == status
     assert "\n" not in found["poor"].detail
     assert found["ours"].status == "ok"
+
+
+def test_running_out_of_memory_for_real_is_a_result():
+    def loss(queries, keys):
+        return rkdo_loss(queries, keys) + torch.empty(1 << 50).sum()
+
+    found = measured(contender("greedy", loss))
+    assert (found["greedy"].status, found["greedy"].detail) == ("oom", "out of memory")
+    assert found["greedy"].p50 is None
+    assert found["ours"].status == "ok"
+    assert "OOM out of memory" in report.table(found.values())
+
+
+def test_a_variant_that_does_not_fit_is_not_taken():
+    def make(n, device, variant):
+        def loss(queries, keys):
+            if variant > 64:
+                raise MemoryError
+            time.sleep(0.001 * variant)
+            return rkdo_loss(queries, keys)
+
+        return loss
+
+    chunky = Contender("chunky", make, ROWS, variants=(4, 16, 64, 256))
+    assert measure.best_variant(chunky, cases.two_views(300, 8, torch.float32, "cpu")) == 4
 
 
 def test_what_fails_after_the_first_call_is_a_result_too():
@@ -177,6 +189,12 @@ def test_memory_is_measured_in_a_process_of_its_own():
     assert memory.apart(rkdo, eager, None, 512, 64, "fp32") > 8 * matrix
 
 
+def test_memory_is_measured_of_chosen_contenders_too():
+    rkdo = session.only(next(x for x in cases.CASES if x.name == "rkdo_loss"), ["ours"])
+    ours = next(x for x in rkdo.contenders if x.name == "ours")
+    assert memory.apart(rkdo, ours, None, 64, 64, "fp32") is not None
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -190,12 +208,83 @@ def test_a_partial_run_keeps_what_it_measured(tmp_path):
         session.Problem(case(name="never"), 16, 8, "fp32"),
     ]
     path = tmp_path / "partial.jsonl"
-    results = session.measure_all(problems, "cpu", EFFORT, record.Writer(path))
+    writer = record.Writer(path)
+    assert not session.measure_all(problems, "cpu", EFFORT, writer)
+    results = writer.results
     assert record.read(path) == results
     assert {x.case for x in results} == {"tiny"}
     assert {x.contender for x in results} == {"eager", "ours"}
     assert results[0].commit
     assert results[0].versions["torch"]
+
+
+def test_an_interruption_while_memory_is_measured_keeps_the_times(monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "apart", stop)
+    effort = measure.Effort(seconds=0.05, rounds=3, least=2)
+    results = measure.measure(case(), 16, 8, "fp32", "cpu", effort, {})
+    found = [next(results), next(results)]
+    assert [x.contender for x in found] == ["eager", "ours"]
+    assert all(x.status == "ok" and x.p50 and x.peak_bytes is None for x in found)
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+
+
+def test_ctrl_c_leaves_a_valid_file(tmp_path):
+    path = tmp_path / "results.jsonl"
+    command = ["-m", "bench", "--case", "rkdo_loss", "--contender", "ours", "--out", str(path)]
+    run = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text().endswith("\n")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: every process of the group
+    shown, said = run.communicate(timeout=60)
+    kept = record.read(path)
+    assert run.returncode == 130
+    assert f"interrupted: {len(kept)} results are kept" in said
+    assert "Traceback" not in said
+    assert all(x.contender in shown for x in kept)
+
+
+def test_a_run_that_measured_nothing_leaves_no_file(tmp_path):
+    def stop(queries, keys):
+        raise KeyboardInterrupt
+
+    problem = session.Problem(case(contender("stop", stop)), 16, 8, "fp32")
+    writer = record.Writer(tmp_path / "none.jsonl")
+    assert not session.measure_all([problem], "cpu", EFFORT, writer)
+    assert not writer.path.exists()
+
+
+def test_dirty_is_about_the_code_that_is_measured(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True)
+
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "bench" / "record.py"))
+    assert record.revision() == ("unknown", None)
+    for name in ("bench/results", "rkdo_kernels"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("bench/record.py", "rkdo_kernels/ops.py", "README.md", "bench/results/a.jsonl"):
+        (tmp_path / name).write_text("a")
+    git("init", "--quiet")
+    git("add", "README.md")
+    git("commit", "--quiet", "-m", "someone else's")
+    assert record.revision() == ("unknown", None)
+    git("add", ".")
+    git("commit", "--quiet", "-m", "all")
+    commit, dirty = record.revision()
+    assert (len(commit), dirty) == (40, False)
+    (tmp_path / "README.md").write_text("b")
+    (tmp_path / "bench/results/b.jsonl").write_text("b")
+    assert record.revision() == (commit, False)
+    (tmp_path / "rkdo_kernels/new.py").write_text("b")
+    assert record.revision() == (commit, True)
 
 
 def test_a_result_file_is_never_overwritten(tmp_path, capsys):
@@ -209,6 +298,7 @@ def test_a_result_file_is_never_overwritten(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("", "holds no result"),
         ("not json", "is not JSON"),
         ("{}", "is not a result"),
         ('{"schema": 99}', "has schema 99, wanted 1"),
@@ -220,6 +310,8 @@ def test_a_file_of_another_schema_is_one_line(tmp_path, capsys, text, said):
     path.write_text(text + "\n")
     assert said in complaint(capsys, ["plot", path])
     assert said in complaint(capsys, ["--against", path])
+    good = write(tmp_path / "good.jsonl", [result()])
+    assert said in complaint(capsys, ["--against", good, "--with", path])
 
 
 @pytest.mark.parametrize(
@@ -230,7 +322,13 @@ def test_a_file_of_another_schema_is_one_line(tmp_path, capsys, text, said):
         (["--contender", "nobody"], "no contender 'nobody'"),
         (["--dtype", "fp7"], "unknown dtype 'fp7'"),
         (["--n", "7"], "nothing to measure"),
+        (["--n", "many"], "invalid int value: 'many'"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["nonesuch"], "unrecognized arguments: nonesuch"),
         (["--against", "missing.jsonl"], "no such result file"),
+        (["--with", "missing.jsonl"], "--with needs --against"),
+        (["plot", "."], "cannot be read"),
+        (["gpu"], "--out"),
         (["static", "--target", "sm_1"], "unknown target 'sm_1'"),
         (["plot", "missing.jsonl"], "no such result file"),
     ],
@@ -242,72 +340,6 @@ def test_bad_arguments_are_one_line(capsys, arguments, said):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_the_gpu_command_needs_a_gpu(tmp_path, capsys):
     assert "no GPU" in complaint(capsys, ["gpu", "--out", tmp_path])
-
-
-# ---- against another file ------------------------------------------------------------------------
-
-
-def both(ours, **others):
-    return [result("eager", p50=8.0), result("ours", p50=ours, **others)]
-
-
-@pytest.mark.parametrize(
-    ("now", "worse"),
-    [
-        (both(1.04), 0),
-        (both(1.06), 1),
-        (both(1.0, peak_bytes=10_900_000), 0),  # less than a megabyte is no growth
-        (both(1.0, peak_bytes=12_000_000), 1),
-        (both(None, status="oom"), 1),
-        ([result("eager", p50=16.0), result("ours", p50=2.0)], 0),  # a slower machine
-        ([result("eager", p50=8.0)], 0),
-    ],
-)
-def test_against_fails_past_five_percent(tmp_path, capsys, now, worse):
-    before = write(tmp_path / "before.jsonl", both(1.0))
-    after = write(tmp_path / "after.jsonl", now)
-    assert main(["--against", str(before), "--with", str(after)]) == bool(worse)
-    assert len(report.against(both(1.0), now)[0]) == worse
-
-
-def test_on_a_gpu_times_are_compared_as_they_are():
-    before = [result("eager", p50=8.0, driver="1"), result(p50=1.0, driver="1")]
-    after = [result("eager", p50=16.0, driver="1"), result(p50=1.06, driver="1")]
-    assert len(report.against(before, after)[0]) == 1
-
-
-# ---- table and pictures --------------------------------------------------------------------------
-
-
-def test_the_table_and_its_sentences():
-    results = [
-        *both(2.0),
-        result("compiled", p50=4.0),
-        result("chunked", p50=None, status="oom", detail="out of memory"),
-    ]
-    lines = report.table(results).splitlines()
-    assert "4.00" in next(x for x in lines if "eager" in x)
-    assert "OOM" in next(x for x in lines if "chunked" in x)
-    assert report.ratios(results)[0].startswith("rkdo_loss N=64 d=64 fp32: eager ÷ ours = 4.00")
-    depths = [replace(result(f"ours depth {k}", p50=p), case="depth") for k, p in ((1, 2), (8, 3))]
-    assert report.ratios(depths) == ["ours: depth 8 ÷ depth 1 = 1.50"]
-
-
-def test_pictures_come_from_files_alone(tmp_path):
-    pytest.importorskip("matplotlib")
-    results = [
-        x
-        for n in (64, 1024, 4096)
-        for x in (
-            result("eager", n=n, p50=8e-9 * n**2, status="oom" if n > 1024 else "ok"),
-            result("ours", n=n, p50=1e-9 * n**2),
-        )
-    ]
-    path = write(tmp_path / "results.jsonl", results)
-    (picture,) = plot.draw([path], tmp_path / "pictures")
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(BenchError, match="nothing to draw"):
-        plot.draw([write(tmp_path / "one.jsonl", [result()])], tmp_path)
 
 
 def test_quick_is_quick():
