@@ -15,6 +15,7 @@ from torch import Tensor
 from .constants import host_constant
 
 MAX_DEGREE = 12
+MAX_TILT = 1.0  # powers of u that add up to exp(−tilt u) cancel: near u = 1, to exp(2 tilt) ulps
 TOLERANCE = 5 * torch.finfo(torch.float32).eps  # 4 for the defaults
 
 
@@ -41,24 +42,21 @@ def interpolation_error(degree: int, alpha: float, scales: Sequence[float], boun
     """How far the degree-`degree` interpolants of RKDO's rows are off, relative to what they weigh.
 
     With c = (c_0 + c_depth) / 2, e = exp(c S) and tilt_t = (c_t − c) b, the rows need of u = S / b
-    the normalisers' g_t(u) = exp(tilt_t u) and the loss's
+    the normalisers' exp(tilt_t u), the loss's f and the gradient's g,
 
-        f(u) = Σ_t r_t(u) (log r_t(u) − tilt_t u + log Z_t),
-        r_t = (1 − α) r_{t−1} + α exp(tilt_{t−1} u) / Z_{t−1}.
+        E_t(u) = exp(tilt_t u) / Z_t,  r_t = (1 − α) r_{t−1} + α E_{t−1},  w_t = log r_t − log E_t
+        f = Σ_t r_t w_t,  g = Σ_t c_t (E_t − r_t) + y_t w_t
+        y_t = (1 − α) y_{t−1} + α c_{t−1} E_{t−1}
 
     The result bounds |f̃ − f| / r_depth over u in [−1, 1], which since Σ_j e_ij r_depth(u_ij) ≤ 1 is
-    the error of a row's loss in nats; the same for g_t, where it is a normaliser's relative error;
-    and the same for the gradients' f + f'/(b c) and g_t + g_t'/(b c). Data enters f only through
-    the ratios of the Z_t = E[exp(tilt_t u)]. The maximum is taken over rows whose similarities sit
-    at one point (9 of them) or at both ends (6 proportions): the extremes of what rows can be.
+    the error of a row's loss in nats; the same for g / c; and the error of exp(tilt_t u) relative
+    to itself, which is a normaliser's. Data enters only through the ratios of the Z_t =
+    E[exp(tilt_t u)]. The maximum is taken over rows whose similarities sit at one point (9 of them)
+    or at both ends (6 proportions): the extremes of what rows can be.
     """
     d = torch.tensor(tilts(scales, bound), dtype=torch.float64)
-    steep = bound * middle(scales)
     u = torch.linspace(-1, 1, 65, dtype=torch.float64)
-    power = torch.arange(degree + 1, dtype=torch.float64)
-    ahead = (power + 1) / steep  # of u^k through the derivative of u^(k + 1)
-    values = u[:, None] ** power
-    slopes = values + torch.nn.functional.pad(values[:, :-1] * ahead[:-1], (1, 0))
+    powers = (u[:, None] ** torch.arange(degree + 1, dtype=torch.float64)).T
     x, to_coefficients = nodes(degree), monomials(degree)
 
     at_point = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None] * d
@@ -66,32 +64,33 @@ def interpolation_error(degree: int, alpha: float, scales: Sequence[float], boun
     at_ends = torch.logaddexp(share.log() + d, torch.log1p(-share) - d)
     log_z = torch.cat([at_point, at_ends])[:, :, None]
 
-    def f(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # f, f', r_depth
-        r, slope_r, f, slope_f = torch.zeros(4, len(log_z), len(u), dtype=torch.float64)
+    def rows(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # f, g / c, r_depth
+        r, y, f, g = torch.zeros(4, len(log_z), len(u), dtype=torch.float64)
+        e = torch.exp(d[0] * u - log_z[:, 0])
         for t in range(1, len(d)):
-            g = alpha * torch.exp(d[t - 1] * u - log_z[:, t - 1])
-            r, slope_r = (1 - alpha) * r + g, (1 - alpha) * slope_r + d[t - 1] * g
-            log_ratio = r.log() - d[t] * u + log_z[:, t]
-            f = f + r * log_ratio
-            slope_f = slope_f + slope_r * log_ratio + slope_r - d[t] * r
-        return f, slope_f, r
+            r, y = (1 - alpha) * r + alpha * e, (1 - alpha) * y + alpha * scales[t - 1] * e
+            log_e = d[t] * u - log_z[:, t]
+            w, e = r.log() - log_e, torch.exp(log_e)
+            f, g = f + r * w, g + scales[t] * (e - r) + y * w
+        return f, g / middle(scales), r
 
-    def error(at_nodes: Tensor, value: Tensor, slope: Tensor, weight: Tensor) -> float:
-        a = at_nodes @ to_coefficients
-        off = torch.maximum(
-            (a @ values.T - value).abs(), (a @ slopes.T - value - slope / steep).abs()
-        )
-        return float((off / weight).max())
+    def error(at_nodes: Tensor, value: Tensor, weight: Tensor) -> float:
+        return float(((at_nodes @ to_coefficients @ powers - value).abs() / weight).max())
 
-    g = torch.exp(d[:, None] * u)
-    worst = error(torch.exp(d[:, None] * x), g, d[:, None] * g, g)
-    return max(worst, error(f(x)[0], *f(u))) if alpha > 0 else worst
+    growth = torch.exp(d[:, None] * u)
+    worst = error(torch.exp(d[:, None] * x), growth, growth)
+    if alpha == 0:
+        return worst
+    f, g, r = rows(u)
+    return max(worst, *(error(a, b, r) for a, b in zip(rows(x), (f, g), strict=False)))
 
 
 @host_constant
 def rkdo_degree(alpha: float, scales: tuple[float, ...], bound: float) -> int | None:
-    """The least degree whose `interpolation_error` is within `TOLERANCE`; None past the limit."""
-    for degree in range(1, MAX_DEGREE + 1):
+    """The least degree whose `interpolation_error` is within `TOLERANCE`; None past the limits."""
+    if tilts(scales, bound)[-1] > MAX_TILT:
+        return None
+    for degree in range(MAX_DEGREE + 1):
         if interpolation_error(degree, alpha, scales, bound) <= TOLERANCE:
             return degree
     return None

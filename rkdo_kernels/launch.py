@@ -26,6 +26,15 @@ def fixed_shift_is_safe(
     return 2 * bound / temperature <= exponent_range(dtype)
 
 
+def odds_are_safe(temperature: float, bound: float | None, dtype: torch.dtype) -> bool:
+    """Whether a fixed shift is, and its sums divided by any entry stay float64 numbers."""
+    return (
+        bound is not None
+        and fixed_shift_is_safe(temperature, bound, dtype)
+        and 2 * bound / temperature <= 600
+    )
+
+
 def exponent_range(dtype: torch.dtype) -> float:
     return 1400 if dtype == torch.float64 else 80
 
@@ -38,8 +47,9 @@ def rkdo_degree(
     `scales` are the 1/τ_t, None for a learnable temperature. Moments need a fixed shift and a
     degree K ≤ 12 whose interpolation error, found on the host by `chebyshev.interpolation_error`
     from these arguments alone, is at most 5 ε of float32, 6e-7: of a row's loss in nats, of a
-    normaliser relatively, and of their gradients. It is of the order of (δ/4)^(K+1) / (K+1)! with
-    δ = (c_depth − c_0) b. float64 inputs want 16 digits: direct path.
+    normaliser relatively, and of the gradient. It is of the order of (δ/2)^(K+1) / (K+1)! with
+    δ = (c_depth − c_0) b / 2, which must not pass 1: float32's rounding grows as exp(2δ). float64
+    inputs want 16 digits: direct path.
     """
     if scales is None or bound is None or dtype == torch.float64:
         return None
@@ -88,10 +98,13 @@ class Config:
     cols: int
     warps: int
     stages: int
+    steps: int = 1  # tiles a pass through the loop
+    registers: int | None = None  # most that a thread may have
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 # By kernel, bytes an element, and whether the embedding is wider than WIDTHS. Chosen from what the
@@ -101,10 +114,14 @@ CONFIGS = {
     ("moments_fwd", 2, True): Config(128, 64, 8, 2),
     ("moments_fwd", 4, False): Config(128, 64, 8, 2),
     ("moments_fwd", 4, True): Config(64, 64, 8, 2),
-    ("moments_bwd", 2, False): Config(64, 64, 4, 2),
-    ("moments_bwd", 2, True): Config(64, 64, 8, 2),
-    ("moments_bwd", 4, False): Config(64, 32, 4, 2),
-    ("moments_bwd", 4, True): Config(64, 32, 8, 1),
+    ("moments_dq", 2, False): Config(64, 64, 4, 2, registers=128),
+    ("moments_dq", 2, True): Config(64, 64, 8, 2),
+    ("moments_dq", 4, False): Config(64, 32, 4, 2),
+    ("moments_dq", 4, True): Config(64, 32, 8, 1),
+    ("moments_dk", 2, False): Config(64, 64, 4, 2),
+    ("moments_dk", 2, True): Config(64, 64, 8, 2),
+    ("moments_dk", 4, False): Config(64, 32, 4, 2),
+    ("moments_dk", 4, True): Config(64, 32, 8, 1),
     ("softmax_sums", 2, False): Config(128, 64, 8, 3),
     ("softmax_sums", 2, True): Config(64, 64, 8, 2),
     ("softmax_sums", 4, False): Config(128, 64, 8, 2),
@@ -126,7 +143,8 @@ CONFIGS = {
 ARCH_CONFIGS = {
     ("sm_80", "moments_fwd", 2, False): Config(128, 64, 8, 3),
     ("sm_100", "moments_fwd", 2, False): Config(128, 64, 8, 3),
-    ("gfx942", "moments_bwd", 2, False): Config(64, 64, 4, 1),
+    ("gfx942", "moments_dq", 2, False): Config(64, 64, 4, 1),
+    ("gfx942", "moments_dk", 2, False): Config(64, 64, 4, 1),
 }
 INTERPRETED = Config(64, 64, 1, 1)
 
@@ -150,6 +168,29 @@ def architecture(device: int) -> str:
         return "gfx942"
     major = torch.cuda.get_device_capability(device)[0]
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+
+
+@host_constant
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def splits(programs: int, count: int, step: int, warps: int, result: Tensor) -> int:
+    """How many programs share one walk over `count` rows, each with a part of the result.
+
+    As many as give every multiprocessor 16 warps where `programs` are too few for that. Each walks
+    over four steps at least, and the parts, float32, take 8 MiB or what the result does at most.
+    """
+    if triton_status() == "interpreted" or result.device.type != "cuda":
+        return 1
+    wanted = 16 * multiprocessors(result.device.index or 0) // (programs * warps)
+    room = max(8 << 20, result.numel() * result.element_size()) // (4 * result.numel())
+    return max(1, min(wanted, count // (4 * step), room))
+
+
+def span(count: int, step: int, parts: int) -> int:
+    """Rows that each of `parts` programs walks over: whole steps, so that only the last has less."""
+    return step * -(-count // (step * parts))
 
 
 def dims(x: Tensor) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def rkdo_loss(
     if scales is None or bound is None or degree is None:
         losses = rows.rkdo_direct(problem, alpha, depth, cooling, detach_target)
     else:
-        losses = rows.rkdo_from_moments(problem, degree, scales, bound, alpha, detach_target)
+        losses = rows.rkdo_from_moments(problem, degree, scales, alpha, detach_target, reduction)
     return problem.reduce(losses, reduction)
 
 
@@ -120,17 +120,18 @@ def icon_loss(
         others, total = rows.student_sums(problem)
         positive = -torch.log1p(problem.positive_distances())
         total = total + positive
+        logit = scale * positive
+        cross_entropy = torch.logaddexp(others - logit, torch.zeros_like(logit))
     else:
         positive = problem.positive_similarities()
-        others = rows.logsumexp(problem, exclude=[problem.offset])
         key_sum = problem.keys.sum(0, dtype=scale.dtype).to(ops.product_dtype(keys))
         total = row_dot(problem.queries, key_sum[None])
-    log_z = torch.logaddexp(others, scale * positive)
+        cross_entropy = rows.one_hot(problem, reduction)
     m = problem.keys.shape[0]
     share = torch.full_like(scale, debias / m)
     entropy = torch.special.entr(1 - debias + share) + (m - 1) * torch.special.entr(share)
     surplus = scale * share * (m * positive - total)  # of the positive's logit over p's average
-    return problem.reduce(log_z - scale * positive + surplus - entropy, reduction)
+    return problem.reduce(cross_entropy + surplus - entropy, reduction)
 
 
 def info_nce(
@@ -167,11 +168,8 @@ def info_nce(
                 exclude_self=exclude_self, positive_offset=problem.offset,
             )  # fmt: skip
         return problem.reduce(losses, reduction)
-    others = rows.logsumexp(
-        problem, exclude=[problem.offset, 0] if exclude_self else [problem.offset]
-    )
-    positive = problem.inverse_temperature() * problem.positive_similarities()
-    return problem.reduce(torch.logaddexp(others - positive, torch.zeros_like(positive)), reduction)
+    losses = rows.one_hot(problem, reduction, exclude=[0] if exclude_self else [])
+    return problem.reduce(losses, reduction)
 
 
 def similarity_moments(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import tiled
+from . import chebyshev, tiled
+from .once import once
 from .ratios import log_ratios
 
 
@@ -60,12 +61,16 @@ def moments_backward(
     bound: float,
     weights: Tensor,  # [N, degree + 1]
     exclude: Sequence[int],
+    at_positive: Tensor | None,  # [N]
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Through ∂L/∂S_ij = exp(c_0 S_ij) Σ_k weights_ik (S_ij / b)^k."""
+    """Through ∂L/∂S_ij = exp(c_0 S_ij) Σ_k weights_ik (S_ij / b)^k, but for the diagonals in
+    `exclude`: at_positive on the first, if it is given, and 0."""
     weights = weights.to(product_dtype(queries))
+    if at_positive is not None:
+        at_positive = at_positive.to(weights.dtype)
     return implementation(backend).moments_backward(
-        queries, keys, scale, bound, weights, list(exclude)
+        queries, keys, scale, bound, weights, list(exclude), at_positive
     )
 
 
@@ -75,7 +80,7 @@ def _(queries, keys, scale, bound, degree, exclude, backend):
 
 
 @moments_backward.register_fake
-def _(queries, keys, scale, bound, weights, exclude, backend):
+def _(queries, keys, scale, bound, weights, exclude, at_positive, backend):
     return like_inputs(queries, keys)
 
 
@@ -93,12 +98,79 @@ def _moments_gradient(ctx, d_moments):
         slope = torch.nn.functional.pad(d_moments[:, 1:] * (k / ctx.bound), (0, 1))
         weights = weights + slope
     d_queries, d_keys = moments_backward(
-        queries, keys, scale, ctx.bound, weights, ctx.exclude, ctx.backend
+        queries, keys, scale, ctx.bound, weights, ctx.exclude, None, ctx.backend
     )
     return d_queries, d_keys, None, None, None, None, None
 
 
 moments.register_autograd(_moments_gradient, setup_context=_moments_setup)
+
+
+# ---- the recursion, on moments -------------------------------------------------------------------
+
+
+@custom_op("rkdo_kernels::recursion_moments", mutates_args=())
+def recursion_moments(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scales: Sequence[float],  # c_t for t = 0..depth
+    alpha: float,
+    bound: float,
+    degree: int,
+    exclude: Sequence[int],
+    detach_target: bool,
+    gradient: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Σ_t KL(p_t ‖ q_t) by row, [N]; then what the gradient needs.
+
+    Key i + exclude[0] is row i's positive, the other diagonals in `exclude` do not count. Returns
+    loss, then the coefficients [N, degree + 1] and the gradient at the positive [N] that
+    `moments_backward` takes, or if `gradient` that of Σ_i loss_i to queries and keys instead; what
+    is not wanted is empty.
+    """
+    return implementation(backend).recursion_moments(
+        queries, keys, list(scales), alpha, bound, degree, list(exclude), detach_target, gradient
+    )
+
+
+@recursion_moments.register_fake
+def _(queries, keys, scales, alpha, bound, degree, exclude, detach_target, gradient, backend):
+    n, nothing = queries.shape[0], queries.new_empty(0, dtype=row_dtype(queries))
+    loss = nothing.new_empty(n)
+    if gradient:
+        wide = product_dtype(queries)
+        d_queries = queries.new_empty(queries.shape, dtype=wide)
+        d_keys = keys.new_empty(keys.shape, dtype=wide)
+        return loss, nothing, nothing.clone(), d_queries, d_keys
+    weights = nothing.new_empty(n, degree + 1)
+    empty = queries.new_empty(0, dtype=product_dtype(queries))
+    return loss, weights, loss.clone(), empty, empty.clone()
+
+
+def _recursion_moments_setup(ctx, inputs, output):
+    queries, keys, scales, _, ctx.bound, _, ctx.exclude, _, ctx.gradient, ctx.backend = inputs
+    ctx.weight = chebyshev.middle(scales)
+    ctx.save_for_backward(queries, keys, *output[1:])
+
+
+def _recursion_moments_gradient(ctx, d_loss, *_):
+    queries, keys, weights, at_positive, *gradients = ctx.saved_tensors
+    if ctx.gradient:  # asked for only where every row's loss weighs the same
+        results = [once(g * d_loss[0].to(g.dtype), queries, keys) for g in gradients]
+        d_queries, d_keys = (g.to(x.dtype) for g, x in zip(results, (queries, keys), strict=True))
+    else:
+        weight = torch.full((), ctx.weight, dtype=d_loss.dtype, device=d_loss.device)
+        d_queries, d_keys = moments_backward(
+            queries, keys, weight, ctx.bound, weights * d_loss[:, None], ctx.exclude,
+            at_positive * d_loss, ctx.backend,
+        )  # fmt: skip
+    return d_queries, d_keys, *[None] * 8
+
+
+recursion_moments.register_autograd(
+    _recursion_moments_gradient, setup_context=_recursion_moments_setup
+)
 
 
 # ---- softmax sums --------------------------------------------------------------------------------
@@ -284,6 +356,6 @@ def like_inputs(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
 
-for operator in (moments, softmax_sums, recursion):
+for operator in (moments, recursion_moments, softmax_sums, recursion):
     for device_type in ("cpu", "cuda"):
         operator.register_autocast(device_type, torch.float32)

@@ -73,10 +73,14 @@ class Problem:
         return self.keys.narrow(0, self.offset, self.queries.shape[0])
 
     def reduce(self, rows: Tensor, reduction: str) -> Tensor:
-        if self.validity is not None:
-            rows = rows * self.validity.reshape(-1, *[1] * (rows.dim() - 1))
-        if reduction != "none":
+        validity = self.validity
+        if reduction == "none":
+            if validity is not None:
+                rows = rows * validity.reshape(-1, *[1] * (rows.dim() - 1))
+        else:
             rows = rows.mean() if reduction == "mean" else rows.sum()
+            if validity is not None:
+                rows = rows * validity.mean()  # as one: every row's gradient weighs the same
         return rows.to(ops.product_dtype(self.queries))
 
 

@@ -8,70 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chebyshev, launch, ops, small
-from .constants import host_constant
+from . import launch, one_pass, ops, small
 from .once import once
 from .problem import Problem
-from .ratios import log_ratios
 
 
 def rkdo_from_moments(
     problem: Problem,
     degree: int,
     scales: Sequence[float],
-    bound: float,
     alpha: float,
     detach_target: bool,
+    reduction: str,
+    exclude: Sequence[int] = (),
 ) -> Tensor:  # [N]
-    """RKDO of any depth from one set of moments over the keys that are not the positive.
-
-    There p_t = e r_t(u) and q_t = e exp(tilt_t u) / Z_t with e = exp(c S), so a row's share of the
-    loss is Σ_j e_ij f_i(u_ij), f of `chebyshev.interpolation_error`; the positive's is exact.
-    """
-    queries, keys = problem.queries, problem.keys
-    c = chebyshev.middle(scales)
-    tilt = chebyshev.tilts(scales, bound)
-    weight = torch.full((), c, dtype=ops.row_dtype(queries), device=queries.device)
-    m = ops.moments(queries, keys, weight, bound, degree, [problem.offset], problem.backend)
-    positive = problem.positive_similarities()
-    u, coefficients = interpolation(degree, str(queries.device))
-
-    log_q, log_z = [], []  # log_q at the positive
-    for c_t, tilt_t in zip(scales, tilt, strict=True):
-        others = _log(m @ (torch.exp(tilt_t * u) @ coefficients))
-        log_q.append(-torch.logaddexp(others - c_t * positive, torch.zeros_like(positive)))
-        log_z.append(c_t * positive - log_q[-1])
-    w = log_ratios(torch.stack(log_q, dim=1), alpha)
-    p = [torch.ones_like(positive)]
-    for log_q_t in log_q[:-1]:
-        p.append((1 - alpha) * p[-1] + alpha * torch.exp(log_q_t))
-    loss = (torch.stack(p[1:], dim=1) * w).sum(1)
-    r = torch.zeros_like(m)  # at the nodes
-    f = torch.zeros_like(m)
-    descent = torch.zeros_like(m)  # Σ_t c_t r_t at the nodes, for a target without gradient
-    surrogate = torch.zeros_like(positive)
-    for t in range(1, len(scales)):
-        if alpha > 0:
-            r = (1 - alpha) * r + alpha * torch.exp(tilt[t - 1] * u - log_z[t - 1][:, None])
-            f = f + r * (torch.log(r) - tilt[t] * u + log_z[t][:, None])
-        if detach_target:
-            descent = descent + scales[t] * r.detach()
-            surrogate = surrogate + log_z[t] - scales[t] * positive * p[t].detach()
-    loss = loss + ((f @ coefficients) * m).sum(1)
-    if detach_target:
-        surrogate = surrogate - (_antiderivative(descent @ coefficients, c, bound) * m).sum(1)
-        loss = loss.detach() + surrogate - surrogate.detach()
+    """RKDO of any depth from one set of moments over the keys that are not the positive."""
+    queries, keys, bound = problem.queries, problem.keys, problem.bound
+    assert bound is not None
+    size = ops.product_dtype(keys).itemsize
+    at_once = problem.backend == "tiled" and one_pass.fits(keys.shape[0], size)
+    wanted = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
+    loss, *_ = ops.recursion_moments(
+        queries, keys, scales, alpha, bound, degree, [problem.offset, *exclude], detach_target,
+        at_once and wanted and reduction != "none", problem.backend,
+    )  # fmt: skip
     return loss
 
 
-def _antiderivative(w: Tensor, scale: float, bound: float) -> Tensor:  # [N, degree + 1]
-    """φ with ∂(e φ(u))/∂S = e w(u), that is c φ + φ'/b = w; constant to autograd."""
-    phi = torch.zeros_like(w[:, 0])
-    result = []
-    for k in range(w.shape[1] - 1, -1, -1):
-        phi = (w[:, k] - (k + 1) / bound * phi) / scale
-        result.append(phi)
-    return torch.stack(result[::-1], dim=1).detach()
+def one_hot(problem: Problem, reduction: str, exclude: Sequence[int] = ()) -> Tensor:  # [N]
+    """−log q at the positive, q = softmax(S / τ) off the diagonals in `exclude`."""
+    temperature, bound = problem.temperature, problem.bound
+    if isinstance(temperature, Tensor) or not launch.odds_are_safe(
+        temperature, bound, problem.queries.dtype
+    ):
+        others = logsumexp(problem, [problem.offset, *exclude])
+        logit = problem.inverse_temperature() * problem.positive_similarities()
+        return torch.logaddexp(others - logit, torch.zeros_like(logit))
+    scales = [1 / temperature] * 2
+    return rkdo_from_moments(problem, 0, scales, 0.0, False, reduction, exclude)
 
 
 def rkdo_direct(
@@ -151,12 +125,3 @@ class Sloped(torch.autograd.Function):
 def _log(x: Tensor) -> Tensor:
     """log x, with −∞ and no gradient at 0."""
     return torch.where(x == 0, float("-inf"), torch.log(torch.where(x == 0, 1, x)))
-
-
-@host_constant
-def interpolation(degree: int, device: str) -> tuple[Tensor, Tensor]:
-    """`chebyshev.nodes` and `chebyshev.monomials`, copied to a device once."""
-    dtype = torch.float32 if device.startswith("mps") else torch.float64
-    constants = chebyshev.nodes(degree), chebyshev.monomials(degree)
-    nodes, monomials = (x.to(device=device, dtype=dtype) for x in constants)
-    return nodes, monomials

@@ -7,14 +7,11 @@ row i.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-TILE_BYTES = 2 << 20  # of a tile's buffers together: they stay in the cores' caches
-TILE_COLS = 1 << 13
-TILE_ROWS = 128  # up to which one tile may hold all of S
+from .one_pass import recursion_moments as recursion_moments
+from .tiles import Gradients, Tile, compute, sums, tiles
 
 
 def moments(
@@ -29,11 +26,9 @@ def moments(
     queries, keys = compute(queries), compute(keys)
     result = queries.new_zeros(degree + 1, len(queries))
     for tile in tiles(queries, keys, buffers=2):
-        u, e = tile.similarity(), tile.buffers[1]
-        torch.mul(u, scale, out=e).exp_()
+        u, e = tile.similarity(1 / bound), tile.buffers[1]
+        torch.mul(u, scale * bound, out=e).exp_()
         tile.fill(e, exclude, 0)
-        if bound != 1:
-            u.mul_(1 / bound)
         result[0, tile.rows] += e.sum(1)
         for k in range(1, degree + 1):
             result[k, tile.rows] += e.mul_(u).sum(1)
@@ -47,15 +42,14 @@ def moments_backward(
     bound: float,
     weights: Tensor,  # [N, degree + 1]
     exclude: list[int],
+    at_positive: Tensor | None = None,  # [N], ∂L/∂S on the diagonal exclude[0], else 0
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     """The gradients through S of  ∂L/∂S_ij = exp(c_0 S_ij) Σ_k weights_ik (S_ij / b)^k."""
     gradients = Gradients(queries, keys)
     for tile in tiles(gradients.queries, gradients.keys, buffers=3):
-        u, e, g = tile.similarity(), *tile.buffers[1:]
-        torch.mul(u, scale, out=e).exp_()
+        u, e, g = tile.similarity(1 / bound), *tile.buffers[1:]
+        torch.mul(u, scale * bound, out=e).exp_()  # rounded as in the forward pass: errors cancel
         tile.fill(e, exclude, 0)
-        if bound != 1:
-            u.mul_(1 / bound)
         w = weights[tile.rows].T[:, :, None].unbind()
         if len(w) == 1:
             torch.mul(e, w[0], out=g)
@@ -65,6 +59,8 @@ def moments_backward(
                 torch.addcmul(w_k, g, u, out=g)
             g.mul_(e)
         gradients.add(tile, g)
+    if at_positive is not None:
+        gradients.add_pairs(at_positive, exclude[0])
     return gradients.result()
 
 
@@ -283,63 +279,3 @@ def student_distance(tile: Tile, s: Tensor) -> Tensor:
     squares += tile.queries.square().sum(1, keepdim=True)
     squares += tile.keys.square().sum(1)
     return squares.clamp_min_(0).add_(1)
-
-
-class Tile:
-    """A block of rows and a block of columns of S, with buffers of their shape."""
-
-    def __init__(self, queries: Tensor, keys: Tensor, rows: slice, cols: slice, memory: Tensor):
-        self.queries, self.keys = queries[rows], keys[cols]
-        self.rows, self.cols = rows, cols
-        n, m = len(self.queries), len(self.keys)
-        self.memory = memory[:, : n * m].view(len(memory), n, m)
-        self.buffers = self.memory.unbind()
-
-    def similarity(self) -> Tensor:
-        return torch.mm(self.queries, self.keys.T, out=self.buffers[0])
-
-    def fill(self, matrix: Tensor, diagonals: list[int], value: float) -> None:
-        for offset in diagonals:
-            self.diagonal(matrix, offset).fill_(value)
-
-    def diagonal(self, matrix: Tensor, offset: int) -> Tensor:
-        """The entries whose column is their row + offset."""
-        return matrix.diagonal(offset + self.rows.start - self.cols.start)
-
-
-def tiles(queries: Tensor, keys: Tensor, buffers: int) -> Iterator[Tile]:
-    n, m = len(queries), len(keys)
-    n_cols = min(m, TILE_COLS)
-    n_rows = max(1, TILE_BYTES // (buffers * n_cols * queries.element_size()))
-    n_rows = min(n_rows, n if n <= TILE_ROWS else (n + 1) // 2)
-    memory = queries.new_empty(buffers, n_rows * n_cols)
-    for row in range(0, n, n_rows):
-        for col in range(0, m, n_cols):
-            rows, cols = slice(row, min(row + n_rows, n)), slice(col, min(col + n_cols, m))
-            yield Tile(queries, keys, rows, cols, memory)
-
-
-class Gradients:
-    """∂L/∂queries and ∂L/∂keys, added up from tiles of ∂L/∂S."""
-
-    def __init__(self, queries: Tensor, keys: Tensor) -> None:
-        self.dtype = queries.dtype
-        self.queries, self.keys = compute(queries), compute(keys)
-        self.d_queries = torch.zeros_like(self.queries, memory_format=torch.contiguous_format)
-        self.d_keys = torch.zeros_like(self.keys, memory_format=torch.contiguous_format)
-
-    def add(self, tile: Tile, g: Tensor) -> None:
-        self.d_queries[tile.rows].addmm_(g, tile.keys)
-        self.d_keys[tile.cols].addmm_(g.T, tile.queries)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        return self.d_queries.to(self.dtype), self.d_keys.to(self.dtype)
-
-
-def compute(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def sums(x: Tensor) -> torch.dtype:
-    """What a row is added up in; MPS has no float64."""
-    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -35,7 +35,7 @@ def test_the_middle_makes_the_tilts_opposite():
     assert abs(tilts[-1] - tilts[0] - 1.5 * (scales[-1] - scales[0])) <= 1e-14
 
 
-@pytest.mark.parametrize(("depth", "degree"), [(1, 5), (2, 5), (3, 4), (8, 4), (20, 4), (100, 4)])
+@pytest.mark.parametrize(("depth", "degree"), [(1, 4), (2, 4), (3, 4), (8, 4), (20, 4), (100, 4)])
 def test_the_default_temperature_needs_no_more_for_more_depth(depth, degree):
     assert chebyshev.rkdo_degree(0.5, scales_for(0.5, 0.1, depth), 1.0) == degree
 
@@ -43,8 +43,8 @@ def test_the_default_temperature_needs_no_more_for_more_depth(depth, degree):
 def test_the_degree_is_the_least_within_the_tolerance():
     settings = (
         (0.5, 0.5, 0.1, 1.0),
-        (0.2, 0.3, 0.3, 1.0),
-        (0.5, 0.9, 0.4, 1.5),
+        (0.25, 0.3, 0.3, 1.0),
+        (0.5, 0.9, 0.3, 1.5),
         (0.1, 0.5, 0.1, 1.0),
     )
     for temperature, alpha, cooling, bound in settings:
@@ -57,7 +57,7 @@ def test_the_degree_is_the_least_within_the_tolerance():
 
 
 def test_degrees_grow_with_what_is_harder():
-    degrees = [chebyshev.rkdo_degree(0.5, scales_for(0.5, c, 3), 1.0) for c in (0, 0.1, 0.3, 0.6)]
+    degrees = [chebyshev.rkdo_degree(0.5, scales_for(0.5, c, 3), 1.0) for c in (0, 0.1, 0.3, 0.45)]
     assert degrees == sorted(degrees)
     assert degrees[0] < degrees[-1]
     assert chebyshev.rkdo_degree(0.5, scales_for(0.05, 0.5, 3), 1.0) is None
@@ -66,10 +66,10 @@ def test_degrees_grow_with_what_is_harder():
 
 @pytest.mark.parametrize("alpha", [0.05, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("temperature", "cooling", "depth"), [(0.5, 0.1, 3), (0.1, 0.1, 1), (0.2, 0.3, 5)]
+    ("temperature", "cooling", "depth"), [(0.5, 0.1, 3), (0.1, 0.1, 1), (0.25, 0.3, 5)]
 )
 def test_the_bound_holds_for_rows_of_any_kind(temperature, cooling, depth, alpha):
-    """f of a row with its own normalisers, densely, against the interpolant chosen."""
+    """A row's loss and gradient, with its own normalisers, densely, against the interpolants."""
     scales = scales_for(temperature, cooling, depth)
     degree = chebyshev.rkdo_degree(alpha, scales, 1.0)
     tilts = torch.tensor(chebyshev.tilts(scales, 1.0), dtype=torch.float64)
@@ -82,18 +82,23 @@ def test_the_bound_holds_for_rows_of_any_kind(temperature, cooling, depth, alpha
             weight = torch.softmax(chebyshev.middle(scales) * s, 0)
             log_z = torch.log((weight * torch.exp(tilts[:, None] * s)).sum(1))
 
-            def f(u, log_z=log_z):
-                r = f = torch.zeros_like(u)
+            def rows(u, log_z=log_z):
+                r = y = f = g = torch.zeros_like(u)
+                e = torch.exp(tilts[0] * u - log_z[0])
                 for t in range(1, depth + 1):
-                    r = (1 - alpha) * r + alpha * torch.exp(tilts[t - 1] * u - log_z[t - 1])
-                    f = f + r * (r.log() - tilts[t] * u + log_z[t])
-                return f, r
+                    r, y = (1 - alpha) * r + alpha * e, (1 - alpha) * y + alpha * scales[t - 1] * e
+                    log_e = tilts[t] * u - log_z[t]
+                    w, e = r.log() - log_e, log_e.exp()
+                    f, g = f + r * w, g + scales[t] * (e - r) + y * w
+                return f, g / chebyshev.middle(scales), r
 
-            a = f(chebyshev.nodes(degree))[0] @ chebyshev.monomials(degree)
-            value, r = f(u)
-            off = ((u[:, None] ** torch.arange(degree + 1)) @ a - value).abs() / r
-            assert float(off.max()) <= chebyshev.TOLERANCE
-            assert float((weight * f(s)[1]).sum()) <= 1 + 1e-9
+            *at_nodes, _ = rows(chebyshev.nodes(degree))
+            *values, r = rows(u)
+            for at_node, value in zip(at_nodes, values, strict=True):
+                a = at_node @ chebyshev.monomials(degree)
+                off = ((u[:, None] ** torch.arange(degree + 1)) @ a - value).abs() / r
+                assert float(off.max()) <= chebyshev.TOLERANCE
+            assert float((weight * rows(s)[2]).sum()) <= 1 + 1e-9
 
 
 def test_the_switch_between_the_paths():
@@ -105,7 +110,8 @@ def test_the_switch_between_the_paths():
     direct = [t for t, degree in around.items() if degree is None]
     moments = [t for t, degree in around.items() if degree is not None]
     assert max(direct) < min(moments)
-    assert around[min(moments)] >= chebyshev.MAX_DEGREE - 1
+    tilt = chebyshev.tilts(scales_for(min(moments), 0.3, 3), 1.0)[-1]
+    assert 0.9 < tilt / chebyshev.MAX_TILT <= 1
 
 
 @pytest.mark.parametrize("aligned", [False, True], ids=["independent", "aligned"])
@@ -121,12 +127,13 @@ def test_both_sides_of_the_switch_meet_the_yardstick(cooling, aligned, monkeypat
         low, high = (low, middle) if on_moments else (middle, high)
     for temperature in (0.5 * low, 0.99 * low, low, high, 1.01 * high, 1.5 * high, 3 * high):
         settings = {"temperature": temperature, "cooling": cooling}
-        assert_as_accurate(
-            lambda s=settings, **x: rkdo_loss(**x, **s, reduction="none"),
-            lambda s=settings, **x: reference.rkdo_loss(**x, **s),
-            sample_views(50, 24, aligned=aligned),
-            scale=1 / temperature,
-        )
+        for dim in (2, 24):  # in 2 dimensions rows gather near S = 1
+            assert_as_accurate(
+                lambda s=settings, **x: rkdo_loss(**x, **s, reduction="none"),
+                lambda s=settings, **x: reference.rkdo_loss(**x, **s),
+                sample_views(50, dim, aligned=aligned),
+                scale=1 / temperature,
+            )
 
 
 def test_what_moments_cannot_do_takes_the_direct_path():

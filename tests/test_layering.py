@@ -17,10 +17,14 @@ ARROWS = {
     "ratios": set(),
     "once": set(),
     "primitives": set(),
-    "tiled": set(),
+    "tiles": set(),
     "distributed": set(),
     # what follows from a call's settings alone
     "chebyshev": {"constants"},
+    "quadrature": {"chebyshev", "constants"},
+    # PyTorch: losses by tiles, or all at once
+    "one_pass": {"quadrature", "tiles"},
+    "tiled": {"one_pass", "tiles"},
     "small": {"constants", "once"},
     # Triton: kernels know their pieces and their launch tables
     "launch": {"chebyshev", "constants"},
@@ -31,10 +35,10 @@ ARROWS = {
     "recursion": {"launch", "primitives", "gradient_loop"},
     "kernels": {"moments", "moments_gradient", "softmax_sums", "recursion"},
     # operators choose between kernels and tiles
-    "ops": {"kernels", "tiled", "ratios"},
+    "ops": {"chebyshev", "kernels", "once", "tiled", "ratios"},
     # losses: arguments, rows, public functions, modules
     "problem": {"checks", "launch", "ops", "small"},
-    "rows": {"problem", "chebyshev", "constants", "launch", "once", "ops", "ratios", "small"},
+    "rows": {"problem", "launch", "once", "one_pass", "ops", "small"},
     "losses": {"checks", "constants", "launch", "ops", "reference", "rows", "problem"},
     "modules": {"checks", "constants", "losses"},
     "__init__": {"losses", "modules"},

@@ -18,6 +18,7 @@ from rkdo_kernels import (
     similarity_logsumexp,
     similarity_moments,
     tiled,
+    tiles,
 )
 
 LOSSES = {
@@ -75,8 +76,8 @@ def watch(monkeypatch):
 
         return run
 
-    for name in ("moments", "softmax_sums", "recursion"):
-        for function in (name, f"{name}_backward"):
+    for name in ("moments", "softmax_sums", "recursion", "recursion_moments"):
+        for function in {name, f"{name.removesuffix('_moments')}_backward"}:
             monkeypatch.setattr(tiled, function, watched(getattr(tiled, function)))
     return watch
 
@@ -84,13 +85,13 @@ def watch(monkeypatch):
 @pytest.mark.parametrize(("n", "m"), [(512, 512), (1000, 1000), (129, 20_000)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_of_n_by_m_entries(name, n, m, watch, monkeypatch):
-    if n * m * 4 < tiled.TILE_BYTES:  # all buffers of a tile together, whatever the problem
-        monkeypatch.setattr(tiled, "TILE_BYTES", n * m)
+    if n * m * 4 < tiles.TILE_BYTES:  # all buffers of a tile together, whatever the problem
+        monkeypatch.setattr(tiles, "TILE_BYTES", n * m)
     views = {key: x.requires_grad_() for key, x in sample_views(n, 8, m=m).items()}
     with watch:
         LOSSES[name](**views).backward()
     assert 0 < watch.largest < n * m
-    assert watch.peak < max(4 * n * m, 8 * tiled.TILE_BYTES)
+    assert watch.peak < max(4 * n * m, 8 * tiles.TILE_BYTES)
 
 
 def test_the_watch_sees_a_materialised_loss(watch):
@@ -127,8 +128,8 @@ def test_peak_memory_at_4096_rows():
 def test_tiles_cover_every_entry_once():
     for n, m, buffers in ((1, 1, 2), (128, 9000, 3), (129, 300, 20), (1000, 17, 3)):
         seen = torch.zeros(n, m)
-        for tile in tiled.tiles(torch.zeros(n, 2), torch.zeros(m, 2), buffers):
+        for tile in tiles.tiles(torch.zeros(n, 2), torch.zeros(m, 2), buffers):
             seen[tile.rows, tile.cols] += 1
             assert len(tile.buffers) == buffers
-            assert tile.memory.numel() * 4 <= max(tiled.TILE_BYTES, buffers * tiled.TILE_COLS * 4)
+            assert tile.memory.numel() * 4 <= max(tiles.TILE_BYTES, buffers * tiles.TILE_COLS * 4)
         assert (seen == 1).all()
