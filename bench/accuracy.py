@@ -2,9 +2,10 @@
 
     error ≤ 2 · (eager's error) + one ulp of the largest true entry
 
-for the loss and for every gradient, errors and magnitudes being maxima over the tensor. bfloat16
-and float16 losses are held to float32's: the public losses return float32. Truth and eager's error
-come by blocks of rows, so that they exist where the materialised loss no longer fits.
+for the loss and for every gradient, errors and magnitudes being maxima over the tensor. Ours return
+float32 whatever comes in, so that their bfloat16 and float16 losses are held to float32's error.
+Truth and eager's error come by blocks of rows, so that they exist where the materialised loss no
+longer fits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from .contenders import Contender, Loss, in_chunks
 
 BLOCK = 512  # rows
+IN_FLOAT32 = "value in float32"
 ROUNDING = 64 * torch.finfo(torch.float64).eps  # the truth's own, times 1/τ ≤ 100
 
 
@@ -42,20 +44,30 @@ def truth(contender: Contender, inputs: dict[str, Tensor], dtype: torch.dtype) -
 
 
 def eager_in(contender: Contender, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = truth(contender, inputs, inputs["queries"].dtype)
-    if inputs["queries"].dtype.itemsize == 2:
-        found["value"] = truth(contender, inputs, torch.float32)["value"]
+    """Eager PyTorch in the inputs' dtype; and the loss in float32, for those that return it."""
+    dtype = inputs["queries"].dtype
+    found = truth(contender, inputs, dtype)
+    found[IN_FLOAT32] = found["value"]
+    if dtype.itemsize == 2:
+        found[IN_FLOAT32] = truth(contender, inputs, torch.float32)["value"]
+    found["value"] = found["value"].to(dtype)
     return found
 
 
-def judge(found: dict[str, Tensor], eager: dict[str, Tensor], true: dict[str, Tensor]) -> Accuracy:
+def judge(
+    found: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    true: dict[str, Tensor],
+    in_float32: bool,
+) -> Accuracy:
     relative: dict[str, float] = {}
     used = 0.0
     for name, exact in true.items():
         size = largest(exact)
         error = largest(found[name].double() - exact)
-        eagers = largest(eager[name].double() - exact)
-        ulp = torch.finfo(eager[name].dtype).eps * size
+        beside = eager[IN_FLOAT32 if in_float32 and name == "value" else name]
+        eagers = largest(beside.double() - exact)
+        ulp = torch.finfo(beside.dtype).eps * size
         limit = 2 * (eagers if eagers < float("inf") else 0.0) + ulp + 100 * ROUNDING
         share = error / limit
         used = max(used, share if share == share else float("inf"))  # NaN is no number to compare

@@ -38,6 +38,7 @@ class Contender:
     variants: tuple[int, ...] = ()  # `make` takes one of them as `variant`; the fastest is timed
     judged: bool = True  # False for what is no loss
     graph: bool = False  # captured once, replayed
+    in_float32: bool = False  # returns a float32 loss in every dtype, and is held to it
 
 
 def mean_of(rows: RowLoss, symmetric: bool) -> Loss:
@@ -102,7 +103,8 @@ def ours(loss: Callable[..., Tensor], rows: RowLoss, symmetric: bool = False) ->
     def both(queries: Tensor, keys: Tensor) -> Tensor:
         return (loss(queries, keys) + loss(keys, queries)) / 2
 
-    return Contender("ours", lambda n, device: both if symmetric else loss, rows, symmetric)
+    chosen = both if symmetric else loss
+    return Contender("ours", lambda n, device: chosen, rows, symmetric, in_float32=True)
 
 
 def fused_cross_entropy(temperature: float, rows: RowLoss, symmetric: bool = False) -> Contender:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import multiprocessing
+import signal
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from .measure import DTYPES, forward_and_backward, release
 from .problems import two_views
 
 DEVICE = "cuda"
+START = "spawn"  # CUDA does not outlive a fork
 SHAPES = (
     (129, 200, "fp32"), (1, 1, "bf16"), (3, 31, "fp16"), (1024, 512, "bf16"), (1024, 64, "fp16"),
     (1, 1, "fp32"), (129, 200, "bf16"), (1024, 512, "fp32"), (129, 200, "fp16"), (3, 31, "bf16"),
@@ -66,6 +70,43 @@ def paths() -> dict[str, Contender]:
     return {name: contenders.ours(loss, rows) for name, (loss, rows) in both.items()}
 
 
+def run(wait: float = 120.0) -> Generator[Check, None, None]:
+    """In a process of their own: one that breaks the device or never ends costs only itself."""
+    labels = [label for label, _ in plan()]
+    done = 0
+    while done < len(labels):
+        context: Any = multiprocessing.get_context(START)
+        answers, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=child_main, args=(theirs, done), daemon=True)
+        child.start()
+        theirs.close()
+        try:
+            while done < len(labels):
+                if not answers.poll(wait):
+                    raise TimeoutError(f"no answer in {wait:.0f} s")
+                answer = answers.recv()
+                if answer is None:  # the device is broken: on with another process
+                    break
+                done += 1
+                yield answer
+        except (EOFError, TimeoutError) as error:
+            yield Check(labels[done], False, str(error) or "its process died")
+            done += 1
+        finally:
+            child.kill()
+            child.join()
+
+
+def child_main(answers: Any, first: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
+    for label, check in plan()[first:]:
+        answer = guarded(label, check)
+        answers.send(answer)
+        if not answer.passed and broken():
+            answers.send(None)
+            return
+
+
 def guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
@@ -76,29 +117,40 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
         release(DEVICE)
 
 
-def run() -> Iterator[Check]:
+def broken() -> bool:
+    """Whether an error stays, as an illegal access does: nothing runs in this process any more."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def plan() -> list[tuple[str, Callable[[], Check]]]:
     """The most telling first. Odd N throughout: the checks share their compiled kernels."""
     every = paths()
+    checks: list[tuple[str, Callable[..., Check], tuple[Any, ...]]] = []
     for name, contender in every.items():
         label = f"accuracy: {name}, bf16, 1001×64"
-        yield guarded(label, partial(accurate, label, contender, 1001, 64, "bf16"))
+        checks.append((label, accurate, (contender, 1001, 64, "bf16")))
         label = f"{RERUNS} reruns bitwise: {name}, bf16, 1001×64"
-        yield guarded(label, partial(bitwise, label, contender))
+        checks.append((label, bitwise, (contender,)))
     for name in ("rkdo, moments", "info_nce", "rkdo, direct", "icon, student"):
         label = f"N·M past 2³¹: {name}, bf16, {BEYOND}×64"
-        yield guarded(label, partial(accurate, label, every[name], BEYOND, 64, "bf16"))
+        checks.append((label, accurate, (every[name], BEYOND, 64, "bf16")))
     for name in ("rkdo, moments", "rkdo, direct"):
         label = f"offsets past 2³¹: {name}, bf16, rows 2²⁰ elements apart"
-        yield guarded(label, partial(far_apart, label, every[name]))
+        checks.append((label, far_apart, (every[name],)))
     for name, contender in every.items():
         label = f"accuracy: {name}, fp32, 129×64"
-        yield guarded(label, partial(accurate, label, contender, 129, 64, "fp32"))
+        checks.append((label, accurate, (contender, 129, 64, "fp32")))
         label = f"CUDA graph: {name}, fp32, 129×64"
-        yield guarded(label, partial(in_a_graph, label, contender))
+        checks.append((label, in_a_graph, (contender,)))
     for n, d, dtype in SHAPES:
         for name, contender in every.items():
             label = f"accuracy: {name}, {dtype}, {n}×{d}"
-            yield guarded(label, partial(accurate, label, contender, n, d, dtype))
+            checks.append((label, accurate, (contender, n, d, dtype)))
+    return [(label, partial(check, label, *rest)) for label, check, rest in checks]
 
 
 def loss_of(contender: Contender, n: int) -> contenders.Loss:
@@ -114,7 +166,8 @@ def compare(
     label: str, contender: Contender, inputs: dict[str, Tensor], found: dict[str, Tensor]
 ) -> Check:
     true = accuracy.truth(contender, inputs, torch.float64)
-    errors = accuracy.judge(found, accuracy.eager_in(contender, inputs), true)
+    eager = accuracy.eager_in(contender, inputs)
+    errors = accuracy.judge(found, eager, true, contender.in_float32)
     detail = f"loss {errors.value:.1e}, gradient {errors.gradient:.1e}"
     return Check(label, errors.limit_used <= 1, f"{detail}, {errors.limit_used:.2f} of the limit")
 

@@ -153,7 +153,7 @@ def enter(
             true = accuracy.truth(contender, inputs, torch.float64)
             known[about] = true, accuracy.eager_in(contender, inputs)
         true, eager = known[about]
-        errors = accuracy.judge(found, eager, true)
+        errors = accuracy.judge(found, eager, true, contender.in_float32)
         wrong = not errors.limit_used <= 1
         result = replace(
             result,

@@ -68,6 +68,17 @@ def test_a_wrong_contender_is_wrong_and_not_fast(loss):
     assert "WRONG" in report.table(found.values())
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_eager_is_as_accurate_as_eager_in_every_dtype(dtype):
+    """And ours is held to float32's loss where it returns one."""
+    halved = contenders.ours(lambda q, k: rkdo_loss(q, k).bfloat16().float(), ROWS)
+    every = case(contenders.chunked(ROWS), cases.replace(halved, name="halved"))
+    found = {x.contender: x for x in measure.measure(every, 700, 16, dtype, "cpu", EFFORT, {})}
+    assert {x.contender: x.status for x in found.values()} == {
+        "eager": "ok", "ours": "ok", "chunked": "ok", "halved": "wrong",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [
