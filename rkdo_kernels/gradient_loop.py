@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .primitives import into, load_rows, similarity_tile, store_rows
+from .primitives import LANES, fold, into, load_rows, similarity_tile, store_rows
 
 
 @triton.jit
@@ -17,9 +17,9 @@ def gradient_loop(
     m,
     dim,
     tables,  # a tuple: whatever the three functions read
-    ROW_VALUES: tl.constexpr,  # (tables, first_i, n, ROWS, MASKED): what the rows of a tile need
-    KEY_VALUES: tl.constexpr,  # (tables, first_j, m, COLS, MASKED): what its columns need
-    TILE: tl.constexpr,  # (s, tables, rows, keys, first_i, first_j, m, ROWS, COLS, LAST): G
+    ROW_VALUES: tl.constexpr,  # (tables, first_i, n, ROWS, AXIS, MASKED): what rows i need
+    KEY_VALUES: tl.constexpr,  # (tables, first_j, m, COLS, AXIS, MASKED): what keys j need
+    TILE: tl.constexpr,  # (s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST): G
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     BETWEEN: tl.constexpr,  # S enters by differences zq − zk
     WIDTH: tl.constexpr,
@@ -33,58 +33,60 @@ def gradient_loop(
 ):
     """One program per block of queries or of keys and stripe of WIDTH: G keys or Gᵀ queries.
 
-    If BETWEEN, Σ_j G_ij (zk_j − zq_i) or Σ_i G_ij (zq_i − zk_j). Past the last row of the operand
-    that the loop walks over, G has to be finite; past the last row, zero.
+    If BETWEEN, Σ_j G_ij (zk_j − zq_i) or Σ_i G_ij (zq_i − zk_j). A tile is [OWN, OTHER]: to the keys
+    it is one of Sᵀ, what rows need lies along its columns, and its diagonals have the other sign.
     """
     OWN: tl.constexpr = ROWS if QUERIES else COLS
     OTHER: tl.constexpr = COLS if QUERIES else ROWS
     stripe = tl.program_id(1) * WIDTH
     first = tl.program_id(0) * OWN
     if QUERIES:
-        own_ptr, own_stride, n_own, n_other = queries_ptr, queries_stride, n, m
-        values = ROW_VALUES(tables, first, n, ROWS, True)
+        own_ptr, own_stride, n_own = queries_ptr, queries_stride, n
+        other_ptr, other_stride, n_other = keys_ptr, keys_stride, m
+        values = ROW_VALUES(tables, first, n, OWN, 1, True)
     else:
-        own_ptr, own_stride, n_own, n_other = keys_ptr, keys_stride, m, n
-        values = KEY_VALUES(tables, first, m, COLS, True)
+        own_ptr, own_stride, n_own = keys_ptr, keys_stride, m
+        other_ptr, other_stride, n_other = queries_ptr, queries_stride, n
+        values = KEY_VALUES(tables, first, m, OWN, 1, True)
     own = load_rows(own_ptr, own_stride, first, n_own, 0, dim, OWN, WIDTH, FULL, True, UPCAST)
     acc = tl.zeros([OWN, WIDTH], tl.float32)
-    sums = tl.zeros([ROWS, COLS], tl.float32)  # of G, entry by entry
+    sums = tl.zeros([OWN, LANES], tl.float32)  # of G, in parts
     whole = n_other // OTHER * OTHER
     for start in range(0, whole, OTHER):
         acc, sums = add_gradient(
-            acc, sums, own, values, first, start, queries_ptr, keys_ptr, queries_stride,
-            keys_stride, n, m, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
-            WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS, False,
+            acc, sums, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
+            start, n_other, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
+            WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN, OTHER, False,
         )  # fmt: skip
     if whole < n_other:
         acc, sums = add_gradient(
-            acc, sums, own, values, first, whole, queries_ptr, keys_ptr, queries_stride,
-            keys_stride, n, m, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
-            WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS, True,
+            acc, sums, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
+            whole, n_other, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
+            WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN, OTHER, True,
         )  # fmt: skip
     if BETWEEN:
         if CHUNKS > 1:
             own = load_rows(
                 own_ptr, own_stride, first, n_own, stripe, dim, OWN, WIDTH, FULL, True, UPCAST
             )
-        acc -= own.to(tl.float32) * tl.sum(sums, 1 if QUERIES else 0)[:, None]
+        acc -= own.to(tl.float32) * tl.sum(sums, 1)[:, None]
     store_rows(gradient_ptr, first + tl.arange(0, OWN), n_own, stripe, dim, acc, WIDTH)
 
 
 @triton.jit
 def add_gradient(
     acc,  # [OWN, WIDTH]
-    sums,  # [ROWS, COLS]
+    sums,  # [OWN, LANES]
     own,  # [OWN, WIDTH], the kept operand's first columns
     values,  # of the kept operand
+    own_ptr,
+    own_stride,
     first,
+    n_own,
+    other_ptr,
+    other_stride,
     start,
-    queries_ptr,
-    keys_ptr,
-    queries_stride,
-    keys_stride,
-    n,
-    m,
+    n_other,
     dim,
     stripe,
     tables,
@@ -99,38 +101,27 @@ def add_gradient(
     PRECISION: tl.constexpr,
     GRADIENT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    LAST: tl.constexpr,  # some of the rows that the loop loads may be past the last
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+    LAST: tl.constexpr,  # some rows of the other operand may be past the last
 ):
     """acc and sums with the tile of rows first and start of the kept and the other operand."""
+    other = load_rows(
+        other_ptr, other_stride, start, n_other, 0, dim, OTHER, WIDTH, FULL, LAST, UPCAST
+    )
     if QUERIES:
-        q, first_i, rows = own, first, values
-        k = load_rows(keys_ptr, keys_stride, start, m, 0, dim, COLS, WIDTH, FULL, LAST, UPCAST)
-        first_j, keys = start, KEY_VALUES(tables, start, m, COLS, LAST)
+        rows, keys, SIGN = values, KEY_VALUES(tables, start, n_other, OTHER, 0, LAST), 1
     else:
-        k, first_j, keys = own, first, values
-        q = load_rows(
-            queries_ptr, queries_stride, start, n, 0, dim, ROWS, WIDTH, FULL, LAST, UPCAST
-        )
-        first_i, rows = start, ROW_VALUES(tables, start, n, ROWS, LAST)
+        rows, keys, SIGN = ROW_VALUES(tables, start, n_other, OTHER, 0, LAST), values, -1
     s = similarity_tile(
-        q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
-        ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+        own, other, own_ptr, own_stride, first, n_own, other_ptr, other_stride, start, n_other, dim,
+        OWN, OTHER, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
     )  # fmt: skip
-    g = TILE(s, tables, rows, keys, first_i, first_j, m, ROWS, COLS, LAST and QUERIES)
+    g = TILE(s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST)
     if BETWEEN:
-        sums += g
-    if QUERIES:
-        if CHUNKS > 1:
-            k = load_rows(
-                keys_ptr, keys_stride, start, m, stripe, dim, COLS, WIDTH, FULL, LAST, UPCAST
-            )
-        acc = into(acc, g, k, GRADIENT_PRECISION)
-    else:
-        if CHUNKS > 1:
-            q = load_rows(
-                queries_ptr, queries_stride, start, n, stripe, dim, ROWS, WIDTH, FULL, LAST, UPCAST
-            )
-        acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
-    return acc, sums
+        sums += fold(g, OWN, OTHER)
+    if CHUNKS > 1:
+        other = load_rows(
+            other_ptr, other_stride, start, n_other, stripe, dim, OTHER, WIDTH, FULL, LAST, UPCAST
+        )
+    return into(acc, g, other, GRADIENT_PRECISION), sums

@@ -123,14 +123,22 @@ def into(acc, g, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def block_values(table_ptr, stride, first, n, COUNT: tl.constexpr, MASKED: tl.constexpr):
-    """A value of each row first .. first + COUNT, [COUNT, 1]; 0 past the last."""
+def block_values(
+    table_ptr,
+    stride,
+    first,
+    n,
+    COUNT: tl.constexpr,
+    AXIS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A value of each row first .. first + COUNT, [COUNT, 1] or [1, COUNT]; 0 past the last."""
     local = tl.arange(0, COUNT)
     pointers = table_ptr + tl.cast(first, tl.int64) * stride + local * stride
     if MASKED:
-        return tl.load(pointers, mask=local < n - first, other=0.0)[:, None]
+        return tl.expand_dims(tl.load(pointers, mask=local < n - first, other=0.0), AXIS)
     else:
-        return tl.load(pointers)[:, None]
+        return tl.expand_dims(tl.load(pointers), AXIS)
 
 
 @triton.jit

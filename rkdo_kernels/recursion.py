@@ -65,7 +65,7 @@ def _recursion_fwd(
     q = load_rows(queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST)
     c_0 = tl.load(scales_ptr)
     steeper = scalars(steeper_ptr, DEPTH + 1)
-    rows = ratio_values(peak_ptr, share_ptr, lighter_ptr, first_i, n, DEPTH, ROWS, True)
+    rows = ratio_values(peak_ptr, share_ptr, lighter_ptr, first_i, n, DEPTH, ROWS, 1, True)
     loss = tl.zeros([ROWS, LANES], tl.float32)
     pull = ()
     slope = (tl.zeros([ROWS, LANES], tl.float32),)
@@ -184,14 +184,17 @@ def ratio_values(
     n,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
+    AXIS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """peak, share and lighter_t for all t, [ROWS, 1] each."""
+    """peak, share and lighter_t for all t."""
     lighter = ()
     for t in tl.static_range(DEPTH + 1):
-        lighter = lighter + (block_values(lighter_ptr + t, DEPTH + 1, first_i, n, ROWS, MASKED),)
-    peak = block_values(peak_ptr, 1, first_i, n, ROWS, MASKED)
-    return peak, block_values(share_ptr, 1, first_i, n, ROWS, MASKED), lighter
+        lighter = lighter + (
+            block_values(lighter_ptr + t, DEPTH + 1, first_i, n, ROWS, AXIS, MASKED),
+        )
+    peak = block_values(peak_ptr, 1, first_i, n, ROWS, AXIS, MASKED)
+    return peak, block_values(share_ptr, 1, first_i, n, ROWS, AXIS, MASKED), lighter
 
 
 @triton.jit
@@ -240,25 +243,27 @@ def _recursion_bwd(
 
 
 @triton.jit
-def row_values(tables, first_i, n, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """What `gradient_tile` needs of its rows, [ROWS, 1] each; weights belong to share already."""
+def row_values(tables, first_i, n, ROWS: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr):
+    """What `gradient_tile` needs of its rows; weights belong to share already."""
     peak_ptr, share_ptr, lighter_ptr, pull_ptr, weights_ptr, at_positive_ptr, c, _, _, _, _ = tables
     DEPTH: tl.constexpr = len(c) - 1
     DETACH: tl.constexpr = tables[10]
     peak, share, lighter = ratio_values(
-        peak_ptr, share_ptr, lighter_ptr, first_i, n, DEPTH, ROWS, MASKED
+        peak_ptr, share_ptr, lighter_ptr, first_i, n, DEPTH, ROWS, AXIS, MASKED
     )
-    weights = block_values(weights_ptr, 1, first_i, n, ROWS, MASKED)
-    at_positive = block_values(at_positive_ptr, 1, first_i, n, ROWS, MASKED) * weights
+    weights = block_values(weights_ptr, 1, first_i, n, ROWS, AXIS, MASKED)
+    at_positive = block_values(at_positive_ptr, 1, first_i, n, ROWS, AXIS, MASKED) * weights
     pull = ()
     if not DETACH:
         for t in tl.static_range(DEPTH):
-            pull = pull + (block_values(pull_ptr + t, DEPTH, first_i, n, ROWS, MASKED) * c[t],)
+            pull = pull + (
+                block_values(pull_ptr + t, DEPTH, first_i, n, ROWS, AXIS, MASKED) * c[t],
+            )
     return peak, share * weights, lighter, pull, at_positive
 
 
 @triton.jit
-def key_values(tables, first_j, m, COLS: tl.constexpr, MASKED: tl.constexpr):
+def key_values(tables, first_j, m, COLS: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr):
     """Keys need none."""
     return ()
 
@@ -269,11 +274,12 @@ def gradient_tile(
     tables,
     rows,
     keys,
-    first_i,
-    first_j,
-    m,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    first,
+    start,
+    n_other,
+    SIGN: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
     LAST: tl.constexpr,
 ):
     """weights · q_0 (Σ_{t>0} c_t (e_t − r_t) + w_t y_t − Σ_{t<depth} c_t e_t pull_t), and
@@ -286,7 +292,7 @@ def gradient_tile(
     peak, share, lighter, pull, at_positive = rows
     x = s - peak
     if LAST:
-        x = tl.where((first_j + tl.arange(0, COLS) < m)[None, :], x, 0.0)
+        x = tl.where((start + tl.arange(0, OTHER) < n_other)[None, :], x, 0.0)
     # e_0 = 1, r_1 = α and y_1 = α c_0 wherever the key is
     r = alpha
     log_r = tl.log(tl.maximum(alpha, TINY))
@@ -307,10 +313,10 @@ def gradient_tile(
                 g -= e * pull[t]
                 y = (1 - alpha) * y + (alpha * c[t]) * e
     g = tl.exp2(x * (c[0] * LOG2E)) * share * g
-    if touches(first_i, ROWS, first_j, COLS, positive_offset):
-        i = first_i + tl.arange(0, ROWS)
-        j = first_j + tl.arange(0, COLS)
-        g = tl.where(on_diagonal(i, j, positive_offset), at_positive, g)
+    offset = SIGN * positive_offset
+    if touches(first, OWN, start, OTHER, offset):
+        positive = on_diagonal(first + tl.arange(0, OWN), start + tl.arange(0, OTHER), offset)
+        g = tl.where(positive, at_positive, g)
     return g
 
 

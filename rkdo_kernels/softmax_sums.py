@@ -62,7 +62,7 @@ def _softmax_sums_fwd(
     q = load_rows(queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST)
     scales = scalars(scales_ptr, SCALES)
     tables = (keys_square_ptr, exclude_a, exclude_b)
-    square = block_values(queries_square_ptr, 1, first_i, n, ROWS, True) if STUDENT else 0.0
+    square = block_values(queries_square_ptr, 1, first_i, n, ROWS, 1, True) if STUDENT else 0.0
     peak = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS, LANES], tl.float32)
     mass = ()
@@ -130,7 +130,7 @@ def add_sums(
         ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
     )  # fmt: skip
     if STUDENT:
-        keys_square = tl.trans(block_values(keys_square_ptr, 1, first_j, m, COLS, LAST))
+        keys_square = block_values(keys_square_ptr, 1, first_j, m, COLS, 0, LAST)
         x = -tl.log(student_distance(x, square, keys_square))
     if LAST:
         there = (first_j + tl.arange(0, COLS) < m)[None, :]
@@ -198,25 +198,25 @@ def _softmax_sums_bwd(
 
 
 @triton.jit
-def row_values(tables, first_i, n, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """peak, total_weight, weights_t c_t for all t, and ‖zq‖² for STUDENT: [ROWS, 1] each."""
+def row_values(tables, first_i, n, ROWS: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr):
+    """peak, total_weight, weights_t c_t for all t, and ‖zq‖² for STUDENT."""
     scales, peak_ptr, total_weight_ptr, weights_ptr, square_ptr, _, _, _, _, _ = tables
     STUDENT: tl.constexpr = tables[8]
     weights = ()
     for t in tl.static_range(len(scales)):
-        w = block_values(weights_ptr + t, len(scales), first_i, n, ROWS, MASKED)
+        w = block_values(weights_ptr + t, len(scales), first_i, n, ROWS, AXIS, MASKED)
         weights = weights + (w * scales[t],)
-    peak = block_values(peak_ptr, 1, first_i, n, ROWS, MASKED)
-    total_weight = block_values(total_weight_ptr, 1, first_i, n, ROWS, MASKED)
-    square = block_values(square_ptr, 1, first_i, n, ROWS, MASKED) if STUDENT else 0.0
+    peak = block_values(peak_ptr, 1, first_i, n, ROWS, AXIS, MASKED)
+    total_weight = block_values(total_weight_ptr, 1, first_i, n, ROWS, AXIS, MASKED)
+    square = block_values(square_ptr, 1, first_i, n, ROWS, AXIS, MASKED) if STUDENT else 0.0
     return peak, total_weight, weights, square
 
 
 @triton.jit
-def key_values(tables, first_j, m, COLS: tl.constexpr, MASKED: tl.constexpr):
-    """‖zk‖² for STUDENT, [1, COLS]."""
+def key_values(tables, first_j, m, COLS: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr):
+    """‖zk‖² for STUDENT."""
     STUDENT: tl.constexpr = tables[8]
-    return tl.trans(block_values(tables[5], 1, first_j, m, COLS, MASKED)) if STUDENT else 0.0
+    return block_values(tables[5], 1, first_j, m, COLS, AXIS, MASKED) if STUDENT else 0.0
 
 
 @triton.jit
@@ -225,11 +225,12 @@ def gradient_tile(
     tables,
     rows,
     keys_square,
-    first_i,
-    first_j,
-    m,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    first,
+    start,
+    n_other,
+    SIGN: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
     LAST: tl.constexpr,
 ):
     """∂L/∂x = Σ_t weights_t c_t exp(c_t (x − peak)) + total_weight; for STUDENT that · 2 / v."""
@@ -247,8 +248,8 @@ def gradient_tile(
     if STUDENT:
         g = 2.0 * g / distance
     if LAST:
-        g = tl.where((first_j + tl.arange(0, COLS) < m)[None, :], g, 0.0)
-    return leave_out(g, first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
+        g = tl.where((start + tl.arange(0, OTHER) < n_other)[None, :], g, 0.0)
+    return leave_out(g, first, start, SIGN * exclude_a, SIGN * exclude_b, EXCLUDE, OWN, OTHER)
 
 
 @triton.jit
