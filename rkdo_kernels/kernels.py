@@ -1,6 +1,6 @@
 """The Triton implementation of what tiled.py does in PyTorch, under the same names."""
 
-from .moments import moments
+from .moments import moments, recursion_moments
 from .moments_gradient import moments_backward
 from .recursion import recursion, recursion_backward
 from .softmax_sums import softmax_sums, softmax_sums_backward
@@ -10,6 +10,7 @@ __all__ = [
     "moments_backward",
     "recursion",
     "recursion_backward",
+    "recursion_moments",
     "softmax_sums",
     "softmax_sums_backward",
 ]

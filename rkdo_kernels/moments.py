@@ -1,14 +1,17 @@
-"""Kernel: row moments of the similarity softmax."""
+"""Kernels: row moments of the similarity softmax, and in the same launch the loss made of them."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .primitives import LANES, LOG2E, fold, leave_out, load_rows, similarity_tile
+from . import launch, quadrature
+from .primitives import LANES, LOG2E, fold, leave_out, load_rows, similarity_tile, walk
+from .recursion_rows import _recursion_rows, recursion_rows
 
 
 @triton.jit
@@ -16,7 +19,11 @@ def _moments_fwd(
     queries_ptr,  # [N, D]           in
     keys_ptr,  # [M, D]              in
     scale_ptr,  # []                 in, c
-    moments_ptr,  # [N, DEGREE + 1]  out, fp32
+    moments_ptr,  # [N, DEGREE + 1]  out, fp32; a part a split
+    table_ptr,  # for LOSS: see recursion_rows.py
+    loss_ptr,
+    weights_ptr,
+    at_positive_ptr,
     queries_stride,
     keys_stride,
     n,
@@ -25,9 +32,17 @@ def _moments_fwd(
     unit,  # 1 / b
     exclude_a,  # key i + exclude is left out of row i
     exclude_b,
+    span,  # keys that a split walks over
     DEGREE: tl.constexpr,
     EXCLUDE: tl.constexpr,  # how many of the two count
     UNIT: tl.constexpr,  # b = 1
+    SPLIT: tl.constexpr,
+    DENSE: tl.constexpr,  # rows of WIDTH that follow one another
+    LOSS: tl.constexpr,  # go on to the loss, whose positive is key i + exclude_a
+    DEPTH: tl.constexpr,
+    DETACH: tl.constexpr,
+    NODES: tl.constexpr,
+    COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
@@ -36,7 +51,10 @@ def _moments_fwd(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per block of rows i:  M_ik = Σ_j exp(c S_ij) (S_ij / b)^k."""
+    """One program per block of rows i and split:  M_ik = Σ_j exp(c S_ij) (S_ij / b)^k."""
+    if DENSE:
+        queries_stride = WIDTH
+        keys_stride = WIDTH
     first_i = tl.program_id(0) * ROWS
     i = first_i + tl.arange(0, ROWS)
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
@@ -44,15 +62,15 @@ def _moments_fwd(
     partial = ()  # sums over j of one residue each: their own sum waits for the end of the loop
     for _ in tl.static_range(DEGREE + 1):
         partial = partial + (tl.zeros([ROWS, LANES], tl.float32),)
-    whole = m // COLS * COLS
-    for first_j in range(0, whole, COLS):
+    start, whole, stop = walk(span, m, SPLIT, COLS)
+    for first_j in range(start, whole, COLS):
         e, u = weight_tile(
             q, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
             scale, exclude_a, exclude_b, EXCLUDE, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
             UPCAST, False,
         )  # fmt: skip
         partial = add_powers(partial, e, u if UNIT else u * unit, DEGREE, ROWS, COLS)
-    if whole < m:
+    if whole < stop:
         e, u = weight_tile(
             q, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, whole, m, dim,
             scale, exclude_a, exclude_b, EXCLUDE, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
@@ -60,8 +78,18 @@ def _moments_fwd(
         )  # fmt: skip
         partial = add_powers(partial, e, u if UNIT else u * unit, DEGREE, ROWS, COLS)
     out = moments_ptr + i.to(tl.int64) * (DEGREE + 1)
+    if SPLIT:
+        out += tl.program_id(2) * tl.cast(n, tl.int64) * (DEGREE + 1)
     for power in tl.static_range(DEGREE + 1):
         tl.store(out + power, tl.sum(partial[power], 1), mask=i < n)
+    if LOSS:
+        tl.debug_barrier()  # from here on threads read moments that others have stored
+        for first in range(first_i, first_i + ROWS, COUNT):
+            recursion_rows(
+                queries_ptr, keys_ptr, table_ptr, moments_ptr, loss_ptr, weights_ptr,
+                at_positive_ptr, queries_stride, keys_stride, first, n, m, dim, exclude_a, 1,
+                DEGREE, NODES, DEPTH, DETACH, WIDTH, COUNT,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -119,14 +147,95 @@ def add_powers(partial, e, u, DEGREE: tl.constexpr, ROWS: tl.constexpr, COLS: tl
 
 def moments(
     queries: Tensor, keys: Tensor, scale: Tensor, bound: float, degree: int, exclude: list[int]
-) -> Tensor:  # [N, degree + 1] fp32
+) -> Tensor:  # [N, degree + 1]
+    parts, _ = launch_moments(queries, keys, scale, bound, degree, exclude, None)
+    return parts[0] if len(parts) == 1 else parts.sum(0, dtype=torch.float64)
+
+
+def recursion_moments(
+    queries: Tensor,
+    keys: Tensor,
+    scales: list[float],
+    alpha: float,
+    bound: float,
+    degree: int,
+    exclude: list[int],
+    detach_target: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [N], [N, degree + 1], [N], [0], [0]
+    assert not gradient  # the keys' needs every row's coefficients: it waits for the next launch
+    settings = tuple(scales), alpha, bound, str(queries.device)
+    table = quadrature.table(degree, *settings)
+    loss = queries.new_empty(len(queries), dtype=torch.float64)
+    at_positive = torch.empty_like(loss)
+    weights = loss.new_empty(len(queries), degree + 1)
+    rows = Rows(table, loss, weights, at_positive, len(scales) - 1, detach_target)
+    parts, config = launch_moments(queries, keys, table[-1], bound, degree, exclude, rows)
+    if len(parts) > 1:
+        count = row_count(config, degree)
+        queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
+        _recursion_rows[(triton.cdiv(len(queries), count),)](
+            queries, keys, table, parts, loss, weights, at_positive, queries.stride(0),
+            keys.stride(0), len(queries), len(keys), queries.shape[1], exclude[0], len(parts),
+            DEGREE=degree, NODES=node_count(degree), DEPTH=rows.depth, DETACH=detach_target,
+            WIDTH=launch.dims(queries)["WIDTH"], COUNT=count, num_warps=config.warps,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    nothing = queries.new_empty(0, dtype=torch.float32)
+    return loss, weights, at_positive, nothing, nothing.clone()
+
+
+@dataclass
+class Rows:
+    """Where the loss goes, if the moments are not all that is wanted."""
+
+    table: Tensor
+    loss: Tensor
+    weights: Tensor
+    at_positive: Tensor
+    depth: int
+    detach_target: bool
+
+
+def launch_moments(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bound: float,
+    degree: int,
+    exclude: list[int],
+    rows: Rows | None,
+) -> tuple[Tensor, launch.Config]:  # [splits, N, degree + 1] fp32
+    """With the loss where no splits leave it to a second launch."""
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
-    n, dim = queries.shape
-    result = queries.new_empty(n, degree + 1, dtype=torch.float32)
-    config = launch.config("moments_fwd", queries)
-    _moments_fwd[(triton.cdiv(n, config.rows),)](
-        queries, keys, scale, result, queries.stride(0), keys.stride(0), n, keys.shape[0], dim,
-        1 / bound, *launch.excluded(exclude), DEGREE=degree, EXCLUDE=len(exclude), UNIT=bound == 1,
-        **launch.dims(queries), ROWS=config.rows, COLS=config.cols, **config.options,
+    (n, dim), m = queries.shape, keys.shape[0]
+    config, dims = launch.config("moments_fwd", queries), launch.dims(queries)
+    blocks = triton.cdiv(n, config.rows)
+    one = queries.new_empty(n, degree + 1, dtype=torch.float32)
+    splits = launch.splits(blocks, m, config.cols, config.warps, one)
+    span = launch.span(m, config.cols, splits)
+    splits = triton.cdiv(m, span)
+    parts = one[None] if splits == 1 else one.new_empty(splits, n, degree + 1)
+    loss = rows is not None and splits == 1
+    out = (rows.table, rows.loss, rows.weights, rows.at_positive) if rows else (scale, *[one] * 3)
+    _moments_fwd[(blocks, 1, splits)](
+        queries, keys, scale, parts, *out, queries.stride(0), keys.stride(0), n, m, dim, 1 / bound,
+        *launch.excluded(exclude), span, DEGREE=degree, EXCLUDE=len(exclude), UNIT=bound == 1,
+        SPLIT=splits > 1, DENSE=queries.stride(0) == keys.stride(0) == dims["WIDTH"], LOSS=loss,
+        DEPTH=rows.depth if rows and loss else 0,
+        DETACH=rows is not None and loss and rows.detach_target, NODES=node_count(degree),
+        COUNT=row_count(config, degree), **dims, ROWS=config.rows, COLS=config.cols,
+        **config.options,
     )  # fmt: skip
-    return result
+    return parts, config
+
+
+def node_count(degree: int) -> int:
+    return 1 << degree.bit_length()
+
+
+def row_count(config: launch.Config, degree: int) -> int:
+    """Rows at a time of the loss: a node a thread, which keeps the registers for the moments."""
+    if launch.triton_status() == "interpreted":
+        return config.rows
+    return max(1, min(config.rows, 32 * config.warps // node_count(degree)))

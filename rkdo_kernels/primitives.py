@@ -154,3 +154,14 @@ def scalars(table_ptr, COUNT: tl.constexpr):
 def fold(x, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, COLS] -> [ROWS, LANES], over columns that one thread owns."""
     return tl.sum(tl.reshape(x, [ROWS, COLS // LANES, LANES]), 1)
+
+
+@triton.jit
+def walk(span, count, SPLIT: tl.constexpr, STEP: tl.constexpr):
+    """Where this program's split begins, where its last whole step of STEP rows ends, its end."""
+    start = 0
+    stop = count
+    if SPLIT:
+        start = tl.program_id(2) * span
+        stop = tl.minimum(start + span, count)
+    return start, start + (stop - start) // STEP * STEP, stop

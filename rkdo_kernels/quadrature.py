@@ -51,6 +51,16 @@ def rule(degree: int, scales: tuple[float, ...], alpha: float, bound: float, dev
     return Rule(a, b, c, d, e, chebyshev.middle(scales), one_hot)
 
 
+@host_constant
+def table(
+    degree: int, scales: tuple[float, ...], alpha: float, bound: float, device: str
+) -> Tensor:
+    """For a kernel, in float64: the rule's monomials, growth and scales, then α and c."""
+    r = rule(degree, scales, alpha, bound, device)
+    rest = r.scales.new_tensor([alpha, r.weight])
+    return torch.cat([r.monomials.flatten(), r.growth.flatten(), r.scales, rest])
+
+
 def recursion(
     moments: Tensor,  # [N, K + 1], over the keys that are not the positive
     positive: Tensor,  # [N], its similarity

@@ -28,7 +28,8 @@ ARROWS = {
     "small": {"constants", "once"},
     # Triton: kernels know their pieces and their launch tables
     "launch": {"chebyshev", "constants"},
-    "moments": {"launch", "primitives"},
+    "recursion_rows": {"primitives"},
+    "moments": {"launch", "primitives", "quadrature", "recursion_rows"},
     "moments_gradient": {"launch", "primitives"},
     "gradient_loop": {"primitives"},
     "softmax_sums": {"launch", "primitives", "gradient_loop"},
@@ -46,7 +47,7 @@ ARROWS = {
 PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rkdo_kernels
 # Modules that need Triton to be imported.
 TRITON = {
-    "primitives", "gradient_loop", "moments", "moments_gradient", "softmax_sums", "recursion",
+    "primitives", "gradient_loop", "recursion_rows", "moments", "moments_gradient", "softmax_sums", "recursion",
 }  # fmt: skip
 KERNELS = sorted(Path(rkdo_kernels.__file__).parent.glob("*.py"))
 TRAINER = sorted(Path(rkdo.__file__).parent.glob("*.py"))
