@@ -49,6 +49,7 @@ class Case:
 def cases() -> list[Case]:
     fwd, bwd = moments._moments_fwd, moments_gradient._moments_bwd
     rows = {"EXCLUDE": 1, "UNIT": True}
+    paired = {**rows, "POSITIVE": True, "SPLIT": False}
     sums = {"SCALES": 4, "STUDENT": False, "EXCLUDE": 1}
     student = {"SCALES": 1, "STUDENT": True, "EXCLUDE": 0}
     steps = {"DEPTH": 3, "DETACH": False}
@@ -62,12 +63,12 @@ def cases() -> list[Case]:
         Case("recursion", recursion._recursion_fwd, "recursion", steps),
     ]
     for by_own, side in ((True, "dq"), (False, "dk")):
-        own = {"QUERIES": by_own}
+        own, ours = {"QUERIES": by_own}, f"moments_{side}"
         result += [
             Case(name, function, table, {**constants, **own}, doubles)
             for name, function, table, constants, doubles in (
-                (f"moments_bwd k=0 {side}", bwd, "moments_bwd", {"DEGREE": 0, **rows}, one),
-                (f"moments_bwd k=4 {side}", bwd, "moments_bwd", {"DEGREE": 4, **rows}, one),
+                (f"moments_bwd k=0 {side}", bwd, ours, {"DEGREE": 0, **paired}, one),
+                (f"moments_bwd k=4 {side}", bwd, ours, {"DEGREE": 4, **paired}, one),
                 (f"softmax_sums_bwd {side}", softmax_bwd, "softmax_sums_bwd", sums, many),
                 (f"student_sums_bwd {side}", softmax_bwd, "softmax_sums_bwd", student, many),
                 (f"recursion_bwd {side}", recursion._recursion_bwd, "recursion_bwd", steps, ()),
@@ -118,6 +119,12 @@ def compile_case(
     amd = TARGETS[target].amd
     constants = {**launch.dims_for(like, nvidia=not amd), **case.constants}
     constants |= {"ROWS": config.rows, "COLS": config.cols}
+    if "STEPS" in names:
+        constants["STEPS"] = config.steps
+    if "DENSE" in names:
+        constants["DENSE"] = variant == "aligned" and constants["WIDTH"] == dim
+        gradient_needs = (constants[x] for x in ("WIDTH", "DEGREE", "DENSE"))
+        config = launch.limited(config, DTYPES[dtype], *gradient_needs)
     gradient = "GRADIENT_PRECISION" in names
     if gradient:
         nvidia = "tf32" if dtype == "fp16" else "tf32x3"
@@ -180,7 +187,7 @@ def tile_of(
     keeps_queries = constants.get("QUERIES", True)
     return sass.Tile(
         own=config.rows if keeps_queries else config.cols,
-        other=config.cols if keeps_queries else config.rows,
+        other=(config.cols if keeps_queries else config.rows) * constants.get("STEPS", 1),
         threads=config.warps * (64 if amd else 32),
         wave=64 if amd else 32,
         similarity=sass.Product(width * chunks, passes.get(constants["PRECISION"], 1), size),

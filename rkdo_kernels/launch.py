@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,13 +114,13 @@ CONFIGS = {
     ("moments_fwd", 2, True): Config(128, 64, 8, 2),
     ("moments_fwd", 4, False): Config(128, 64, 8, 2),
     ("moments_fwd", 4, True): Config(64, 64, 8, 2),
-    ("moments_dq", 2, False): Config(64, 64, 4, 2, registers=128),
+    ("moments_dq", 2, False): Config(64, 64, 4, 2, steps=2, registers=128),
     ("moments_dq", 2, True): Config(64, 64, 8, 2),
-    ("moments_dq", 4, False): Config(64, 32, 4, 2),
+    ("moments_dq", 4, False): Config(64, 64, 4, 2),
     ("moments_dq", 4, True): Config(64, 32, 8, 1),
-    ("moments_dk", 2, False): Config(64, 64, 4, 2),
+    ("moments_dk", 2, False): Config(64, 64, 4, 2, steps=2, registers=128),
     ("moments_dk", 2, True): Config(64, 64, 8, 2),
-    ("moments_dk", 4, False): Config(64, 32, 4, 2),
+    ("moments_dk", 4, False): Config(64, 64, 4, 1),
     ("moments_dk", 4, True): Config(64, 32, 8, 1),
     ("softmax_sums", 2, False): Config(128, 64, 8, 3),
     ("softmax_sums", 2, True): Config(64, 64, 8, 2),
@@ -161,6 +161,16 @@ def launch_config(kernel: str, x: Tensor, arch: str = "sm_90") -> Config:
     return ARCH_CONFIGS.get((arch, *key), CONFIGS[key])
 
 
+def limited(config: Config, dtype: torch.dtype, width: int, degree: int, dense: bool) -> Config:
+    """Without its limit on registers where a gradient needs more of them.
+
+    They hold the addresses of rows that lie apart, float16's operands in tf32, a sum of more than
+    64 columns, and the coefficients of a higher degree.
+    """
+    enough = dense and dtype != torch.float16 and width <= 64 and degree <= 6
+    return config if enough else replace(config, registers=None)
+
+
 @host_constant
 def architecture(device: int) -> str:
     """The nearest architecture that the launch tables know."""
@@ -189,7 +199,7 @@ def splits(programs: int, count: int, step: int, warps: int, result: Tensor) -> 
 
 
 def span(count: int, step: int, parts: int) -> int:
-    """Rows that each of `parts` programs walks over: whole steps, so that only the last has less."""
+    """Rows that each of `parts` programs walks over: whole steps, but for the last."""
     return step * -(-count // (step * parts))
 
 

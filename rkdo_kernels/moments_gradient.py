@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +17,8 @@ def _moments_bwd(
     keys_ptr,  # [M, D]                  in
     scale_ptr,  # []                     in, c
     weights_ptr,  # [N, DEGREE + 1]      in, fp32
-    gradient_ptr,  # [N or M, D]         out
+    at_positive_ptr,  # [N]              in, fp32, ∂L/∂S at (i, i + exclude_a)
+    gradient_ptr,  # [N or M, D]         out; a part a split, fp32, where they are split
     queries_stride,
     keys_stride,
     n,
@@ -25,10 +27,14 @@ def _moments_bwd(
     unit,  # 1 / b
     exclude_a,
     exclude_b,
+    span,  # rows of the other operand that a split walks over
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     DEGREE: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    POSITIVE: tl.constexpr,
     UNIT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DENSE: tl.constexpr,  # rows of WIDTH that follow one another
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
@@ -37,13 +43,17 @@ def _moments_bwd(
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STEPS: tl.constexpr,  # tiles a pass through the loop
 ):
-    """One program per block of queries, or of keys, and stripe of WIDTH columns:
+    """One program per block of queries, or of keys, stripe of WIDTH columns, and split:
 
     ∂L/∂queries = G keys or ∂L/∂keys = Gᵀ queries,  G_ij = exp(c S_ij) Σ_k weights_ik (S_ij / b)^k
     """
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
     stripe = tl.program_id(1) * WIDTH
+    if DENSE:
+        queries_stride = WIDTH
+        keys_stride = WIDTH
     if QUERIES:
         first_i = tl.program_id(0) * ROWS
         q = load_rows(
@@ -51,44 +61,153 @@ def _moments_bwd(
         )
         weights = row_polynomials(weights_ptr, first_i, n, ROWS, DEGREE, True)
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
-        whole = m // COLS * COLS
-        for first_j in range(0, whole, COLS):
+        start, clear, passes, a, a_passes, b, b_passes, stop = itinerary(
+            span, m, first_i + exclude_a, first_i + exclude_b, EXCLUDE, SPLIT, ROWS, COLS * STEPS
+        )
+        for turn in range(clear):
+            first = start + clear_pass(turn, a, a_passes, b, b_passes, EXCLUDE) * (COLS * STEPS)
+            for step in tl.static_range(STEPS):
+                g, _, k = gradient_tile(
+                    q, q, weights, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
+                    first + step * COLS, m, dim, stripe, scale, unit, weights_ptr, exclude_a,
+                    exclude_b, True, DEGREE, 0, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
+                    UPCAST, False,
+                )  # fmt: skip
+                acc = into(acc, g, k, GRADIENT_PRECISION)
+        left = other_tiles(start, passes, a_passes, b_passes, stop, COLS, STEPS)
+        for turn in tl.range(left, num_stages=1, disable_licm=True):
+            first_j = start + COLS * other_tile(turn, passes, a, a_passes, b, b_passes, STEPS)
             g, _, k = gradient_tile(
                 q, q, weights, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
                 first_j, m, dim, stripe, scale, unit, weights_ptr, exclude_a, exclude_b, True,
-                DEGREE, EXCLUDE, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, False,
-            )  # fmt: skip
-            acc = into(acc, g, k, GRADIENT_PRECISION)
-        if whole < m:
-            g, _, k = gradient_tile(
-                q, q, weights, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
-                whole, m, dim, stripe, scale, unit, weights_ptr, exclude_a, exclude_b, True,
                 DEGREE, EXCLUDE, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
             )  # fmt: skip
             acc = into(acc, g, k, GRADIENT_PRECISION)
+        if DEGREE == 0:
+            acc *= weights[0]
         i = first_i + tl.arange(0, ROWS)
-        store_rows(gradient_ptr, i, n, stripe, dim, acc, WIDTH)
+        if POSITIVE:
+            acc += at_partners(
+                at_positive_ptr, i, n, keys_ptr, keys_stride, i + exclude_a, m, stripe, dim, WIDTH,
+                SPLIT,
+            )  # fmt: skip
+        store_part(gradient_ptr, i, n, stripe, dim, acc, WIDTH, SPLIT)
     else:
         first_j = tl.program_id(0) * COLS
-        k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, True, UPCAST)
+        k = tl.trans(load_transposed(keys_ptr, keys_stride, first_j, m, dim, COLS, WIDTH, UPCAST))
         acc = tl.zeros([COLS, WIDTH], tl.float32)
-        whole = n // ROWS * ROWS
-        for first_i in range(0, whole, ROWS):
+        start, clear, passes, a, a_passes, b, b_passes, stop = itinerary(
+            span, n, first_j - exclude_a, first_j - exclude_b, EXCLUDE, SPLIT, COLS, ROWS * STEPS
+        )
+        for turn in range(clear):
+            first = start + clear_pass(turn, a, a_passes, b, b_passes, EXCLUDE) * (ROWS * STEPS)
+            for step in tl.static_range(STEPS):
+                g, q, _ = gradient_tile(
+                    k, k, (), queries_ptr, queries_stride, first + step * ROWS, n, keys_ptr,
+                    keys_stride, first_j, m, dim, stripe, scale, unit, weights_ptr, exclude_a,
+                    exclude_b, False, DEGREE, 0, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
+                    UPCAST, False,
+                )  # fmt: skip
+                acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
+        left = other_tiles(start, passes, a_passes, b_passes, stop, ROWS, STEPS)
+        for turn in tl.range(left, num_stages=1, disable_licm=True):
+            first_i = start + ROWS * other_tile(turn, passes, a, a_passes, b, b_passes, STEPS)
             g, q, _ = gradient_tile(
                 k, k, (), queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
-                first_j, m, dim, stripe, scale, unit, weights_ptr, exclude_a, exclude_b, False,
-                DEGREE, EXCLUDE, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, False,
-            )  # fmt: skip
-            acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
-        if whole < n:
-            g, q, _ = gradient_tile(
-                k, k, (), queries_ptr, queries_stride, whole, n, keys_ptr, keys_stride,
                 first_j, m, dim, stripe, scale, unit, weights_ptr, exclude_a, exclude_b, False,
                 DEGREE, EXCLUDE, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
             )  # fmt: skip
             acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
         j = first_j + tl.arange(0, COLS)
-        store_rows(gradient_ptr, j, m, stripe, dim, acc, WIDTH)
+        if POSITIVE:
+            i = j - exclude_a
+            acc += at_partners(
+                at_positive_ptr, i, n, queries_ptr, queries_stride, i, n, stripe, dim, WIDTH, SPLIT
+            )
+        store_part(gradient_ptr, j, m, stripe, dim, acc, WIDTH, SPLIT)
+
+
+@triton.jit
+def load_transposed(
+    x_ptr, stride, first, n, dim, COUNT: tl.constexpr, WIDTH: tl.constexpr, UPCAST: tl.constexpr
+):  # [WIDTH, COUNT]
+    """The first columns of rows first .. first + COUNT; zero past the ends.
+
+    Loaded so, the transpose of what the whole loop needs stays in shared memory: one that is
+    transposed afterwards waits in registers, and every pass stores it anew.
+    """
+    local = tl.arange(0, COUNT)
+    d = tl.arange(0, WIDTH)
+    at = x_ptr + tl.cast(first, tl.int64) * stride
+    at = at + local.to(tl.int64)[None, :] * stride + d[:, None]
+    x = tl.load(at, mask=(local < n - first)[None, :] & (d < dim)[:, None], other=0.0)
+    return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def itinerary(
+    span,
+    count,  # rows of the operand that is walked over
+    at_a,  # where among them the excluded diagonals meet the first of this program's own rows
+    at_b,
+    EXCLUDE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    OWN: tl.constexpr,
+    STEP: tl.constexpr,  # rows a pass
+):
+    """Which passes over the other operand's rows start .. stop meet no diagonal.
+
+    Returns start, the number of such passes, that of all whole ones, where the passes with a
+    diagonal begin and how many they are, for one diagonal and for the other, and stop.
+    """
+    start = 0
+    stop = count
+    if SPLIT:
+        start = tl.program_id(2) * span
+        stop = tl.minimum(start + span, count)
+    passes = (stop - start) // STEP
+    a, a_end, b, b_end = 0, 0, 0, 0
+    if EXCLUDE == 1:
+        a, a_end = meeting(at_a - start, passes, OWN, STEP)
+    if EXCLUDE == 2:
+        a, a_end = meeting(tl.minimum(at_a, at_b) - start, passes, OWN, STEP)
+        b, b_end = meeting(tl.maximum(at_a, at_b) - start, passes, OWN, STEP)
+        b = tl.maximum(a_end, b)
+        b_end = tl.maximum(b, b_end)
+    return start, passes - (a_end - a) - (b_end - b), passes, a, a_end - a, b, b_end - b, stop
+
+
+@triton.jit
+def meeting(at, passes, OWN: tl.constexpr, STEP: tl.constexpr):
+    """The first pass that rows at .. at + OWN lie in, and the one after the last."""
+    first = tl.maximum(at, 0) // STEP
+    end = (tl.maximum(at + OWN, 0) + (STEP - 1)) // STEP
+    return tl.minimum(first, passes), tl.minimum(end, passes)
+
+
+@triton.jit
+def clear_pass(turn, a, a_passes, b, b_passes, EXCLUDE: tl.constexpr):
+    """The pass to take at this turn of those that meet no diagonal."""
+    if EXCLUDE >= 1:
+        turn += tl.where(turn >= a, a_passes, 0)
+    if EXCLUDE >= 2:
+        turn += tl.where(turn >= b, b_passes, 0)
+    return turn
+
+
+@triton.jit
+def other_tiles(start, passes, a_passes, b_passes, stop, COUNT: tl.constexpr, STEPS: tl.constexpr):
+    """How many tiles of COUNT rows are left: those with a diagonal, and after the last pass."""
+    rest = stop - start - passes * (COUNT * STEPS)
+    return (a_passes + b_passes) * STEPS + (rest + (COUNT - 1)) // COUNT
+
+
+@triton.jit
+def other_tile(turn, passes, a, a_passes, b, b_passes, STEPS: tl.constexpr):
+    """The tile to take at this turn of those."""
+    after_b = turn - (a_passes + b_passes) * STEPS
+    tile = tl.where(turn < a_passes * STEPS, a * STEPS + turn, (b - a_passes) * STEPS + turn)
+    return tl.where(after_b < 0, tile, passes * STEPS + after_b)
 
 
 @triton.jit
@@ -127,7 +246,8 @@ def gradient_tile(
     """G = exp(c S) Σ_k weights_k (S / b)^k, and the operands' columns of this stripe.
 
     The operand that the loop runs over is loaded here. Past its last row G needs no mask: the
-    weights, or the key's row in G keys, are zero.
+    weights, or the key's row in G keys, are zero. Degree 0 leaves the weights of G keys to the end.
+    The diagonals come last: a branch holds up everything that is computed before it.
     """
     if QUERIES:
         k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, LAST, UPCAST)
@@ -140,13 +260,15 @@ def gradient_tile(
         q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
         ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
     )  # fmt: skip
-    g = leave_out(tl.exp2(u * scale), first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
-    if not UNIT:
-        u = u * unit
-    polynomial = weights[DEGREE]
-    for power in tl.static_range(1, DEGREE + 1):
-        polynomial = polynomial * u + weights[DEGREE - power]
-    g = g * polynomial
+    g = tl.exp2(u * scale)
+    if DEGREE > 0 or not QUERIES:
+        if not UNIT:
+            u = u * unit
+        polynomial = weights[DEGREE]
+        for power in tl.static_range(1, DEGREE + 1):
+            polynomial = polynomial * u + weights[DEGREE - power]
+        g = g * polynomial
+    g = leave_out(g, first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
     if CHUNKS > 1 and QUERIES:
         k = load_rows(
             keys_ptr, keys_stride, first_j, m, stripe, dim, COLS, WIDTH, FULL, LAST, UPCAST
@@ -173,20 +295,93 @@ def row_polynomials(
     return result
 
 
+@triton.jit
+def at_partners(
+    at_positive_ptr,  # [N]
+    i,
+    n,
+    x_ptr,  # [count, D]
+    stride,
+    partner,
+    count,
+    start,
+    dim,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """at_positive_i x_partner, fp32 [ROWS, WIDTH]; 0 without a pair. The first split has it."""
+    if SPLIT:
+        n = tl.where(tl.program_id(2) == 0, n, 0)
+    here = (i >= 0) & (i < n) & (partner >= 0) & (partner < count)
+    d = start + tl.arange(0, WIDTH)
+    g = tl.load(at_positive_ptr + i, mask=here, other=0.0)
+    at = x_ptr + partner.to(tl.int64)[:, None] * stride + d[None, :]
+    x = tl.load(at, mask=here[:, None] & (d < dim)[None, :], other=0.0)
+    return g[:, None] * x.to(tl.float32)
+
+
+@triton.jit
+def store_part(x_ptr, i, n, start, dim, x, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
+    """Into [n, dim], or into this split's of [splits, n, dim]."""
+    if SPLIT:
+        x_ptr += tl.program_id(2).to(tl.int64) * n * dim
+    store_rows(x_ptr, i, n, start, dim, x, WIDTH)
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr,  # [splits, count]  in, fp32
+    total_ptr,  # [count]          out
+    count,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    """One program per BLOCK entries: Σ_s parts_s, in the order of s."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(
+            parts_ptr + split * tl.cast(count, tl.int64) + at, mask=at < count, other=0.0
+        )
+    tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=at < count)
+
+
 def moments_backward(
-    queries: Tensor, keys: Tensor, scale: Tensor, bound: float, weights: Tensor, exclude: list[int]
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bound: float,
+    weights: Tensor,
+    exclude: list[int],
+    at_positive: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
-    weights, m, dim = weights.contiguous(), keys.shape[0], queries.shape[1]
-    config, dims = launch.config("moments_bwd", queries), launch.dims(queries)
+    weights, dims = weights.contiguous(), launch.dims(queries)
+    n, m, dim = queries.shape[0], keys.shape[0], queries.shape[1]
+    degree, dense = weights.shape[1] - 1, queries.stride(0) == keys.stride(0) == dims["WIDTH"]
+    paired = weights if at_positive is None else at_positive.contiguous()
     results = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
     for gradient, to_queries in zip(results, (True, False), strict=True):
-        block = config.rows if to_queries else config.cols
-        _moments_bwd[(triton.cdiv(len(gradient), block), dims["CHUNKS"])](
-            queries, keys, scale, weights, gradient, queries.stride(0), keys.stride(0),
-            queries.shape[0], m, dim, 1 / bound, *launch.excluded(exclude), QUERIES=to_queries,
-            DEGREE=weights.shape[1] - 1, EXCLUDE=len(exclude), UNIT=bound == 1, **dims,
+        config = launch.config("moments_dq" if to_queries else "moments_dk", queries)
+        config = launch.limited(config, queries.dtype, dims["WIDTH"], degree, dense)
+        own, other = (config.rows, config.cols) if to_queries else (config.cols, config.rows)
+        blocks, walked = triton.cdiv(len(gradient), own), m if to_queries else n
+        step = other * config.steps
+        splits = launch.splits(blocks * dims["CHUNKS"], walked, step, config.warps, gradient)
+        span = launch.span(walked, step, splits)
+        splits, out = triton.cdiv(walked, span), gradient
+        if splits > 1:
+            out = gradient.new_empty(splits, *gradient.shape, dtype=torch.float32)
+        _moments_bwd[(blocks, dims["CHUNKS"], splits)](
+            queries, keys, scale, weights, paired, out, queries.stride(0), keys.stride(0),
+            n, m, dim, 1 / bound, *launch.excluded(exclude), span, QUERIES=to_queries,
+            DEGREE=degree, EXCLUDE=len(exclude), POSITIVE=at_positive is not None,
+            UNIT=bound == 1, SPLIT=splits > 1, DENSE=dense, **dims,
             GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
-            COLS=config.cols, **config.options,
+            COLS=config.cols, STEPS=config.steps, **config.options,
         )  # fmt: skip
+        if splits > 1:
+            _add_parts[(triton.cdiv(gradient.numel(), 1024),)](
+                out, gradient, gradient.numel(), splits, BLOCK=1024
+            )
     return results
