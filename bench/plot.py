@@ -83,7 +83,7 @@ def picture(group: list[Result], path: Path) -> None:
     from matplotlib.ticker import NullLocator
 
     first = group[0]
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     times, sizes = figure.subplots(1, 2)
     for name in (name for name in STYLE if any(x.contender == name for x in group)):
@@ -110,7 +110,9 @@ def picture(group: list[Result], path: Path) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(True, which="major", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=5, fontsize="small", frameon=False)
+    longest = max((len(str(line.get_label())) for line in times.lines), default=0)
+    columns = 5 if longest < 20 else 3
+    figure.legend(loc="outside lower center", ncols=columns, fontsize="small", frameon=False)
     figure.suptitle(
         f"{first.case}, d = {first.d}, {first.dtype}, {first.device}", fontsize="medium"
     )
