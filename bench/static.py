@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +21,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from rkdo_kernels import launch, moments, moments_gradient, recursion, softmax_sums
 
-from . import sass
+from . import cubin, sass
 from .targets import TARGETS, predict, resident_warps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -54,12 +51,16 @@ def cases() -> list[Case]:
     student = {"SCALES": 1, "STUDENT": True, "EXCLUDE": 0}
     steps = {"DEPTH": 3, "DETACH": False}
     one, many = ("scale",), ("scales",)
+    out = ("table", "loss", "weights", "at_positive", "pasts")
+    info_nce = {"DEGREE": 0, "DETACH": False}
+    rkdo = {"DEGREE": 4, "DETACH": False}
+    whole = {**rows, "SPLIT": False, "LOSS": True}
     softmax, softmax_bwd = softmax_sums._softmax_sums_fwd, softmax_sums._softmax_sums_bwd
     result = [
-        Case("moments_fwd k=0", fwd, "moments_fwd", {"DEGREE": 0, **rows}, one),
-        Case("moments_fwd k=4", fwd, "moments_fwd", {"DEGREE": 4, **rows}, one),
+        Case("moments_fwd k=0", fwd, "logsumexp", {**whole, **info_nce}, one + out),
+        Case("moments_fwd k=4", fwd, "moments_fwd", {**whole, **rkdo}, one + out),
         Case("softmax_sums", softmax, "softmax_sums", sums, many),
-        Case("student_sums", softmax, "softmax_sums", student, many),
+        Case("student_sums", softmax, "student_sums", student, many),
         Case("recursion", recursion._recursion_fwd, "recursion", steps),
     ]
     for by_own, side in ((True, "dq"), (False, "dk")):
@@ -69,9 +70,9 @@ def cases() -> list[Case]:
             for name, function, table, constants, doubles in (
                 (f"moments_bwd k=0 {side}", bwd, ours, {"DEGREE": 0, **paired}, one),
                 (f"moments_bwd k=4 {side}", bwd, ours, {"DEGREE": 4, **paired}, one),
-                (f"softmax_sums_bwd {side}", softmax_bwd, "softmax_sums_bwd", sums, many),
-                (f"student_sums_bwd {side}", softmax_bwd, "softmax_sums_bwd", student, many),
-                (f"recursion_bwd {side}", recursion._recursion_bwd, "recursion_bwd", steps, ()),
+                (f"softmax_sums_bwd {side}", softmax_bwd, f"softmax_sums_{side}", sums, many),
+                (f"student_sums_bwd {side}", softmax_bwd, f"student_sums_{side}", student, many),
+                (f"recursion_bwd {side}", recursion._recursion_bwd, f"recursion_{side}", steps, ()),
             )
         ]
     return result
@@ -102,7 +103,21 @@ class Resources:
     stripes: int = 1  # programs that each compute S anew, a stripe of the gradient each
 
 
-def compile_case(
+def compile_case(*arguments: Any, **settings: Any) -> Resources:
+    return examine([build(*arguments, **settings)])[0]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled kernel that nobody has looked at yet."""
+
+    compiled: CompiledKernel
+    tile: sass.Tile
+    target: str
+    fields: dict[str, Any]  # of Resources
+
+
+def build(
     case: Case,
     dtype: str,
     dim: int,
@@ -110,14 +125,14 @@ def compile_case(
     aligned: bool = True,
     variant: str | None = None,
     config: launch.Config | None = None,
-) -> Resources:
+) -> Built:
     """Raises what the compiler raises."""
     variant = variant or ("aligned" if aligned else "unaligned")
     like = torch.empty(1, 1 if variant == "ones" else dim, dtype=DTYPES[dtype], device="meta")
     config = config or table_entry(case.table, like, target)
     names = case.function.arg_names
     amd = TARGETS[target].amd
-    constants = {**launch.dims_for(like, nvidia=not amd), **case.constants}
+    constants = {**launch.dims_for(like, not amd, config.width), **case.constants}
     constants |= {"ROWS": config.rows, "COLS": config.cols}
     if "STEPS" in names:
         constants["STEPS"] = config.steps
@@ -132,11 +147,11 @@ def compile_case(
     source = specialise(case, dtype, constants, variant)
     compiled = triton.compile(source, target=TARGETS[target].gpu, options=config.options)
     tile = tile_of(constants, dtype, config, amd, gradient)
-    return examine(
-        compiled, tile,
-        kernel=case.name, dtype=dtype, dim=like.shape[1], target=target, variant=variant,
-        config=config, stripes=constants["CHUNKS"] if gradient else 1,
-    )  # fmt: skip
+    fields = {
+        "kernel": case.name, "dtype": dtype, "dim": like.shape[1], "variant": variant,
+        "config": config, "stripes": constants["CHUNKS"] if gradient else 1,
+    }  # fmt: skip
+    return Built(compiled, tile, target, fields)
 
 
 def table_entry(table: str, like: torch.Tensor, target: str) -> launch.Config:
@@ -197,19 +212,25 @@ def tile_of(
         if gradient
         else None,
         chunks=chunks,
+        steps=constants.get("STEPS", 1),
     )
 
 
-def examine(compiled: CompiledKernel, tile: sass.Tile, *, target: str, **names: Any) -> Resources:
-    device = TARGETS[target]
-    registers, spills, assembly = machine_code(compiled, target)
+def examine(built: Sequence[Built]) -> list[Resources]:
+    """Of kernels for one target."""
+    codes = machine_code([x.compiled for x in built], built[0].target)
+    return [judge(x, *code) for x, code in zip(built, codes, strict=True)]
+
+
+def judge(built: Built, registers: int, spills: int, assembly: str) -> Resources:
+    compiled, tile, device = built.compiled, built.tile, TARGETS[built.target]
     program = sass.parse_amdgcn(assembly) if device.amd else sass.parse_sass(assembly)
     loop = sass.hot_loop(program, tile)
     atomics, traps = sass.forbidden(program)
     shared = compiled.metadata.shared
     columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
     return Resources(
-        target=target,
+        target=built.target,
         registers=registers,
         spill_bytes=spills,
         shared_bytes=shared,
@@ -222,26 +243,23 @@ def examine(compiled: CompiledKernel, tile: sass.Tile, *, target: str, **names: 
         seconds=predict(device, tile, loop) if loop else None,
         atomics=tuple(atomics),
         traps=tuple(traps),
-        **names,
+        **built.fields,
     )
 
 
-def machine_code(compiled: CompiledKernel, target: str) -> tuple[int, int, str]:
+def machine_code(kernels: Sequence[CompiledKernel], target: str) -> list[tuple[int, int, str]]:
     """Registers a thread, bytes of stack (spills) a thread, and the machine code as text."""
-    if TARGETS[target].amd:
-        text = compiled.asm["amdgcn"]
+    if not TARGETS[target].amd:
+        cubins = [kernel.asm["cubin"] for kernel in kernels]
+        texts = cubin.disassemble(cubins, TARGETS[target].gpu.arch)
+        return [(*cubin.resources(x), text) for x, text in zip(cubins, texts, strict=True)]
+    found = []
+    for kernel in kernels:
+        text = kernel.asm["amdgcn"]
         numbers = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
-        return int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"]), text
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump names no registers for {target}")
-    return int(usage[1]), int(usage[2]), text
+        vectors, stack = int(numbers["vgpr_count"]), int(numbers["private_segment_fixed_size"])
+        found.append((vectors, stack, text))
+    return found
 
 
 @dataclass(frozen=True)
@@ -254,9 +272,9 @@ class Entry:
     target: str
     variant: str = "aligned"
 
-    def compile(self) -> Resources:
+    def build(self) -> Built:
         case = next(case for case in cases() if case.name == self.case)
-        return compile_case(case, self.dtype, self.dim, self.target, variant=self.variant)
+        return build(case, self.dtype, self.dim, self.target, variant=self.variant)
 
 
 def entries(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Entry]:
@@ -268,7 +286,3 @@ def entries(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Entry]:
                     yield Entry(case.name, dtype, dim, target)
             for variant in VARIANTS[1:] if target in AWKWARD else ():
                 yield Entry(case.name, "bf16", 64, target, variant)
-
-
-def table(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Resources]:
-    return (entry.compile() for entry in entries(targets))

@@ -100,6 +100,7 @@ class Config:
     stages: int
     steps: int = 1  # tiles a pass through the loop
     registers: int | None = None  # most that a thread may have
+    width: int | None = None  # columns of an operand held at once, where WIDTHS are too many
 
     @property
     def options(self) -> dict[str, Any]:
@@ -110,41 +111,116 @@ class Config:
 # By kernel, bytes an element, and whether the embedding is wider than WIDTHS. Chosen from what the
 # kernels compile to for sm_90 (python -m bench static): the fewest issue slots without spills.
 CONFIGS = {
-    ("moments_fwd", 2, False): Config(128, 128, 8, 3),
+    ("logsumexp", 2, False): Config(128, 128, 8, 3),
+    ("logsumexp", 2, True): Config(128, 64, 8, 2),
+    ("logsumexp", 4, False): Config(128, 64, 8, 2),
+    ("logsumexp", 4, True): Config(64, 64, 8, 2),
+    ("moments_fwd", 2, False): Config(128, 64, 8, 3),
     ("moments_fwd", 2, True): Config(128, 64, 8, 2),
     ("moments_fwd", 4, False): Config(128, 64, 8, 2),
     ("moments_fwd", 4, True): Config(64, 64, 8, 2),
     ("moments_dq", 2, False): Config(64, 64, 4, 2, steps=2, registers=128),
-    ("moments_dq", 2, True): Config(64, 64, 8, 2),
-    ("moments_dq", 4, False): Config(64, 64, 4, 2),
-    ("moments_dq", 4, True): Config(64, 32, 8, 1),
+    ("moments_dq", 2, True): Config(128, 64, 8, 2),
+    ("moments_dq", 4, False): Config(128, 64, 8, 2),
+    ("moments_dq", 4, True): Config(128, 64, 8, 1),
     ("moments_dk", 2, False): Config(64, 64, 4, 2, steps=2, registers=128),
-    ("moments_dk", 2, True): Config(64, 64, 8, 2),
+    ("moments_dk", 2, True): Config(128, 64, 8, 2),
     ("moments_dk", 4, False): Config(64, 64, 4, 1),
-    ("moments_dk", 4, True): Config(64, 32, 8, 1),
+    ("moments_dk", 4, True): Config(64, 32, 4, 1),
     ("softmax_sums", 2, False): Config(128, 64, 8, 3),
-    ("softmax_sums", 2, True): Config(64, 64, 8, 2),
+    ("softmax_sums", 2, True): Config(128, 64, 8, 2),
     ("softmax_sums", 4, False): Config(128, 64, 8, 2),
-    ("softmax_sums", 4, True): Config(64, 32, 8, 2),
-    ("softmax_sums_bwd", 2, False): Config(64, 64, 4, 2),
-    ("softmax_sums_bwd", 2, True): Config(64, 32, 8, 2),
-    ("softmax_sums_bwd", 4, False): Config(64, 32, 8, 2),
-    ("softmax_sums_bwd", 4, True): Config(32, 32, 8, 1),
+    ("softmax_sums", 4, True): Config(64, 32, 4, 1),
+    ("softmax_sums_dq", 2, False): Config(64, 64, 4, 2),
+    ("softmax_sums_dq", 2, True): Config(128, 32, 8, 2),
+    ("softmax_sums_dq", 4, False): Config(128, 32, 8, 2),
+    ("softmax_sums_dq", 4, True): Config(64, 32, 4, 1),
+    ("softmax_sums_dk", 2, False): Config(64, 64, 4, 2),
+    ("softmax_sums_dk", 2, True): Config(32, 128, 8, 2),
+    ("softmax_sums_dk", 4, False): Config(32, 64, 4, 1),
+    ("softmax_sums_dk", 4, True): Config(16, 64, 4, 1),
+    ("student_sums", 2, False): Config(128, 64, 8, 3),
+    ("student_sums", 2, True): Config(128, 64, 8, 2),
+    ("student_sums", 4, False): Config(128, 64, 8, 2),
+    ("student_sums", 4, True): Config(64, 32, 4, 1),
+    ("student_sums_dq", 2, False): Config(64, 64, 4, 2),
+    ("student_sums_dq", 2, True): Config(128, 32, 8, 2),
+    ("student_sums_dq", 4, False): Config(128, 32, 8, 2),
+    ("student_sums_dq", 4, True): Config(64, 16, 4, 1),
+    ("student_sums_dk", 2, False): Config(64, 64, 4, 2),
+    ("student_sums_dk", 2, True): Config(32, 128, 8, 2),
+    ("student_sums_dk", 4, False): Config(16, 64, 4, 2),
+    ("student_sums_dk", 4, True): Config(16, 64, 4, 1),
     ("recursion", 2, False): Config(64, 32, 4, 2),
-    ("recursion", 2, True): Config(32, 32, 4, 2),
-    ("recursion", 4, False): Config(64, 32, 4, 2),
-    ("recursion", 4, True): Config(32, 32, 8, 2),
-    ("recursion_bwd", 2, False): Config(64, 32, 4, 2),
-    ("recursion_bwd", 2, True): Config(32, 32, 4, 1),
-    ("recursion_bwd", 4, False): Config(64, 32, 4, 1),
-    ("recursion_bwd", 4, True): Config(16, 32, 4, 1),
+    ("recursion", 2, True): Config(64, 16, 4, 2),
+    ("recursion", 4, False): Config(64, 16, 4, 2),
+    ("recursion", 4, True): Config(64, 16, 4, 1),
+    ("recursion_dq", 2, False): Config(64, 32, 4, 2),
+    ("recursion_dq", 2, True): Config(64, 16, 4, 1),
+    ("recursion_dq", 4, False): Config(128, 32, 8, 2),
+    ("recursion_dq", 4, True): Config(64, 16, 4, 1),
+    ("recursion_dk", 2, False): Config(32, 64, 4, 2),
+    ("recursion_dk", 2, True): Config(16, 64, 4, 2),
+    ("recursion_dk", 4, False): Config(16, 64, 4, 1),
+    ("recursion_dk", 4, True): Config(16, 64, 4, 1, width=32),
 }
 # Where another architecture needs another tile for the same reasons.
 ARCH_CONFIGS = {
-    ("sm_80", "moments_fwd", 2, False): Config(128, 64, 8, 3),
-    ("sm_100", "moments_fwd", 2, False): Config(128, 64, 8, 3),
-    ("gfx942", "moments_dq", 2, False): Config(64, 64, 4, 1),
-    ("gfx942", "moments_dk", 2, False): Config(64, 64, 4, 1),
+    ("sm_80", "logsumexp", 2, False): Config(128, 64, 8, 3),
+    ("sm_100", "logsumexp", 2, False): Config(128, 64, 8, 3),
+    ("sm_80", "moments_dq", 2, False): Config(64, 64, 4, 2),
+    ("sm_80", "moments_dq", 2, True): Config(64, 64, 8, 2),
+    ("sm_80", "moments_dq", 4, False): Config(32, 32, 2, 2),
+    ("sm_80", "moments_dk", 2, False): Config(64, 64, 4, 2),
+    ("sm_80", "moments_dq", 4, True): Config(32, 32, 4, 1),
+    ("sm_80", "moments_dk", 4, False): Config(64, 32, 4, 2),
+    ("sm_80", "moments_dk", 4, True): Config(32, 32, 4, 1),
+    ("sm_100", "moments_dq", 2, False): Config(128, 64, 4, 2, steps=2),
+    ("sm_100", "moments_dq", 2, True): Config(128, 128, 8, 1),
+    ("sm_100", "moments_dk", 2, False): Config(64, 128, 4, 2, steps=2),
+    ("sm_100", "moments_dk", 2, True): Config(128, 128, 8, 1),
+    ("sm_100", "moments_dk", 4, False): Config(64, 64, 8, 1),
+    ("sm_100", "moments_dq", 4, True): Config(64, 64, 8, 1),
+    ("sm_100", "moments_dk", 4, True): Config(64, 64, 8, 1),
+    ("gfx942", "moments_dq", 2, False): Config(128, 64, 4, 1),
+    ("gfx942", "moments_dq", 2, True): Config(128, 64, 4, 1),
+    ("gfx942", "moments_dq", 4, False): Config(128, 32, 4, 1),
+    ("gfx942", "moments_dq", 4, True): Config(128, 32, 4, 1),
+    ("gfx942", "moments_dk", 2, False): Config(128, 64, 4, 1),
+    ("gfx942", "moments_dk", 2, True): Config(128, 64, 4, 1),
+    ("gfx942", "moments_dk", 4, False): Config(128, 64, 4, 1),
+    ("gfx942", "moments_dk", 4, True): Config(128, 64, 4, 1),
+    ("sm_80", "softmax_sums", 2, True): Config(64, 16, 4, 2),
+    ("sm_80", "softmax_sums", 4, False): Config(64, 32, 4, 1),
+    ("sm_80", "softmax_sums", 4, True): Config(64, 16, 4, 1),
+    ("sm_80", "softmax_sums_dq", 2, True): Config(64, 16, 4, 2),
+    ("sm_80", "softmax_sums_dq", 4, False): Config(64, 16, 4, 2),
+    ("sm_80", "softmax_sums_dq", 4, True): Config(64, 16, 4, 1, width=32),
+    ("sm_80", "softmax_sums_dk", 4, False): Config(16, 64, 4, 2),
+    ("sm_80", "softmax_sums_dk", 4, True): Config(16, 64, 4, 1, width=32),
+    ("sm_80", "student_sums", 2, True): Config(64, 16, 4, 2),
+    ("sm_80", "student_sums", 4, False): Config(64, 32, 4, 1),
+    ("sm_80", "student_sums_dq", 2, True): Config(32, 32, 4, 1),
+    ("sm_80", "student_sums_dq", 4, False): Config(64, 16, 4, 1, width=32),
+    ("sm_80", "student_sums_dq", 4, True): Config(64, 16, 4, 1, width=32),
+    ("sm_80", "student_sums_dk", 2, True): Config(32, 32, 4, 1),
+    ("sm_80", "student_sums_dk", 4, False): Config(16, 64, 4, 1, width=32),
+    ("sm_80", "student_sums_dk", 4, True): Config(16, 64, 4, 1, width=32),
+    ("sm_80", "recursion", 2, False): Config(64, 16, 4, 2),
+    ("sm_80", "recursion_dq", 2, True): Config(64, 16, 4, 2),
+    ("sm_80", "recursion_dq", 4, False): Config(64, 16, 4, 2),
+    ("sm_80", "recursion_dq", 4, True): Config(64, 16, 4, 1, width=32),
+    ("sm_80", "recursion_dk", 2, True): Config(32, 32, 4, 1),
+    ("sm_80", "recursion_dk", 4, False): Config(16, 64, 4, 2),
+    ("sm_100", "softmax_sums", 4, False): Config(64, 64, 4, 1),
+    ("sm_100", "softmax_sums_dq", 4, True): Config(64, 16, 4, 1, width=32),
+    ("sm_100", "softmax_sums_dk", 4, True): Config(16, 64, 4, 1, width=32),
+    ("sm_100", "student_sums_dq", 4, True): Config(64, 16, 4, 1, width=32),
+    ("sm_100", "student_sums_dk", 4, True): Config(16, 64, 4, 1, width=32),
+    ("sm_100", "recursion", 4, False): Config(64, 16, 4, 1),
+    ("sm_100", "recursion", 4, True): Config(64, 16, 4, 1, width=32),
+    ("sm_100", "recursion_dq", 4, False): Config(64, 16, 4, 2),
+    ("sm_100", "recursion_dq", 4, True): Config(64, 16, 4, 1, width=32),
 }
 INTERPRETED = Config(64, 64, 1, 1)
 
@@ -203,19 +279,20 @@ def span(count: int, step: int, parts: int) -> int:
     return step * -(-count // (step * parts))
 
 
-def dims(x: Tensor) -> dict[str, Any]:
+def dims(x: Tensor, width: int | None = None) -> dict[str, Any]:
     interpreted = triton_status() == "interpreted"
-    constants = dims_for(x, nvidia=torch.version.hip is None and not interpreted)
+    nvidia = torch.version.hip is None and not interpreted
+    constants = dims_for(x, nvidia, width)
     return constants | {"UPCAST": interpreted and x.dtype == torch.bfloat16}
 
 
-def dims_for(x: Tensor, nvidia: bool) -> dict[str, Any]:
+def dims_for(x: Tensor, nvidia: bool, width: int | None = None) -> dict[str, Any]:
     """How the embedding dimension is cut, and the precision of its products.
 
     tf32x3 keeps float32's digits on NVIDIA's tensor cores; AMD and the interpreter have ieee.
     """
     dim = x.shape[1]
-    width = min(max(16, 1 << (dim - 1).bit_length()), WIDTHS[x.element_size()])
+    width = min(max(16, 1 << (dim - 1).bit_length()), width or WIDTHS[x.element_size()])
     return {
         "WIDTH": width,
         "CHUNKS": -(-dim // width),

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, quadrature
-from .primitives import LANES, LOG2E, fold, leave_out, load_rows, similarity_tile, walk
-from .recursion_rows import _recursion_rows, recursion_rows
+from .primitives import LANES, LOG2E, column_groups, leave_out, load_rows, similarity_tile, walk
+from .recursion_rows import PASTS, _recursion_rows, recursion_rows
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def _moments_fwd(
     loss_ptr,
     weights_ptr,
     at_positive_ptr,
+    pasts_ptr,
     queries_stride,
     keys_stride,
     n,
@@ -33,16 +34,14 @@ def _moments_fwd(
     exclude_a,  # key i + exclude is left out of row i
     exclude_b,
     span,  # keys that a split walks over
+    depth,  # for LOSS
     DEGREE: tl.constexpr,
     EXCLUDE: tl.constexpr,  # how many of the two count
     UNIT: tl.constexpr,  # b = 1
     SPLIT: tl.constexpr,
     DENSE: tl.constexpr,  # rows of WIDTH that follow one another
     LOSS: tl.constexpr,  # go on to the loss, whose positive is key i + exclude_a
-    DEPTH: tl.constexpr,
     DETACH: tl.constexpr,
-    NODES: tl.constexpr,
-    COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
@@ -50,6 +49,7 @@ def _moments_fwd(
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    STEPS: tl.constexpr,  # tiles a pass through the loop
 ):
     """One program per block of rows i and split:  M_ik = Σ_j exp(c S_ij) (S_ij / b)^k."""
     if DENSE:
@@ -62,17 +62,18 @@ def _moments_fwd(
     partial = ()  # sums over j of one residue each: their own sum waits for the end of the loop
     for _ in tl.static_range(DEGREE + 1):
         partial = partial + (tl.zeros([ROWS, LANES], tl.float32),)
-    start, whole, stop = walk(span, m, SPLIT, COLS)
-    for first_j in range(start, whole, COLS):
+    start, whole, stop = walk(span, m, SPLIT, COLS * STEPS)
+    for first in range(start, whole, COLS * STEPS):
+        for step in tl.static_range(STEPS):
+            e, u = weight_tile(
+                q, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
+                first + step * COLS, m, dim, scale, exclude_a, exclude_b, EXCLUDE, ROWS, COLS,
+                WIDTH, CHUNKS, FULL, PRECISION, UPCAST, False,
+            )  # fmt: skip
+            partial = add_powers(partial, e, u if UNIT else u * unit, DEGREE, ROWS, COLS)
+    for first_j in tl.range(whole, stop, COLS, num_stages=1):
         e, u = weight_tile(
             q, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
-            scale, exclude_a, exclude_b, EXCLUDE, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
-            UPCAST, False,
-        )  # fmt: skip
-        partial = add_powers(partial, e, u if UNIT else u * unit, DEGREE, ROWS, COLS)
-    if whole < stop:
-        e, u = weight_tile(
-            q, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, whole, m, dim,
             scale, exclude_a, exclude_b, EXCLUDE, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
             UPCAST, True,
         )  # fmt: skip
@@ -84,12 +85,11 @@ def _moments_fwd(
         tl.store(out + power, tl.sum(partial[power], 1), mask=i < n)
     if LOSS:
         tl.debug_barrier()  # from here on threads read moments that others have stored
-        for first in range(first_i, first_i + ROWS, COUNT):
-            recursion_rows(
-                queries_ptr, keys_ptr, table_ptr, moments_ptr, loss_ptr, weights_ptr,
-                at_positive_ptr, queries_stride, keys_stride, first, n, m, dim, exclude_a, 1,
-                DEGREE, NODES, DEPTH, DETACH, WIDTH, COUNT,
-            )  # fmt: skip
+        recursion_rows(
+            queries_ptr, keys_ptr, table_ptr, moments_ptr, loss_ptr, weights_ptr, at_positive_ptr,
+            pasts_ptr, queries_stride, keys_stride, first_i, n, m, dim, exclude_a, 1, depth,
+            DEGREE, DETACH, ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -131,24 +131,33 @@ def weight_tile(
 
 @triton.jit
 def add_powers(partial, e, u, DEGREE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """partial_k + e u^k: even powers by u², odd ones with their addition."""
+    """partial_k + Σ e u^k: even powers by u², odd ones with their addition."""
+    es = column_groups(e, ROWS, COLS)
+    us = column_groups(u, ROWS, COLS)
+    for group in tl.static_range(COLS // LANES):
+        partial = add_group(partial, es[group], us[group], DEGREE)
+    return partial
+
+
+@triton.jit
+def add_group(partial, e, u, DEGREE: tl.constexpr):
     square = u * u
-    result = (partial[0] + fold(e, ROWS, COLS),)
+    result = (partial[0] + e,)
     for power in tl.static_range(1, DEGREE + 1):
         if power % 2 == 1:
-            result = result + (partial[power] + fold(e * u, ROWS, COLS),)
+            result = result + (partial[power] + e * u,)
         elif power == DEGREE:
-            result = result + (partial[power] + fold(e * square, ROWS, COLS),)
+            result = result + (partial[power] + e * square,)
         else:
             e = e * square
-            result = result + (partial[power] + fold(e, ROWS, COLS),)
+            result = result + (partial[power] + e,)
     return result
 
 
 def moments(
     queries: Tensor, keys: Tensor, scale: Tensor, bound: float, degree: int, exclude: list[int]
 ) -> Tensor:  # [N, degree + 1]
-    parts, _ = launch_moments(queries, keys, scale, bound, degree, exclude, None)
+    parts = launch_moments(queries, keys, scale, bound, degree, exclude, None)
     return parts[0] if len(parts) == 1 else parts.sum(0, dtype=torch.float64)
 
 
@@ -169,16 +178,15 @@ def recursion_moments(
     loss = queries.new_empty(len(queries), dtype=torch.float64)
     at_positive = torch.empty_like(loss)
     weights = loss.new_empty(len(queries), degree + 1)
-    rows = Rows(table, loss, weights, at_positive, len(scales) - 1, detach_target)
-    parts, config = launch_moments(queries, keys, table[-1], bound, degree, exclude, rows)
+    pasts = loss.new_empty(len(scales) * PASTS * len(queries))
+    rows = Rows(table, loss, weights, at_positive, pasts, len(scales) - 1, detach_target)
+    parts = launch_moments(queries, keys, table[-1], bound, degree, exclude, rows)
     if len(parts) > 1:
-        count = row_count(config, degree)
         queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
-        _recursion_rows[(triton.cdiv(len(queries), count),)](
-            queries, keys, table, parts, loss, weights, at_positive, queries.stride(0),
+        _recursion_rows[(triton.cdiv(len(queries), 32),)](
+            queries, keys, table, parts, loss, weights, at_positive, pasts, queries.stride(0),
             keys.stride(0), len(queries), len(keys), queries.shape[1], exclude[0], len(parts),
-            DEGREE=degree, NODES=node_count(degree), DEPTH=rows.depth, DETACH=detach_target,
-            WIDTH=launch.dims(queries)["WIDTH"], COUNT=count, num_warps=config.warps,
+            rows.depth, DEGREE=degree, DETACH=detach_target, COUNT=32, num_warps=1,
             enable_fp_fusion=True,
         )  # fmt: skip
     nothing = queries.new_empty(0, dtype=torch.float32)
@@ -193,6 +201,7 @@ class Rows:
     loss: Tensor
     weights: Tensor
     at_positive: Tensor
+    pasts: Tensor
     depth: int
     detach_target: bool
 
@@ -205,37 +214,28 @@ def launch_moments(
     degree: int,
     exclude: list[int],
     rows: Rows | None,
-) -> tuple[Tensor, launch.Config]:  # [splits, N, degree + 1] fp32
+) -> Tensor:  # [splits, N, degree + 1] fp32
     """With the loss where no splits leave it to a second launch."""
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     (n, dim), m = queries.shape, keys.shape[0]
-    config, dims = launch.config("moments_fwd", queries), launch.dims(queries)
+    config, dims = launch.config("moments_fwd" if degree else "logsumexp", queries), launch.dims(queries)
     blocks = triton.cdiv(n, config.rows)
     one = queries.new_empty(n, degree + 1, dtype=torch.float32)
-    splits = launch.splits(blocks, m, config.cols, config.warps, one)
-    span = launch.span(m, config.cols, splits)
+    step = config.cols * config.steps
+    splits = launch.splits(blocks, m, step, config.warps, one)
+    span = launch.span(m, step, splits)
     splits = triton.cdiv(m, span)
     parts = one[None] if splits == 1 else one.new_empty(splits, n, degree + 1)
     loss = rows is not None and splits == 1
-    out = (rows.table, rows.loss, rows.weights, rows.at_positive) if rows else (scale, *[one] * 3)
+    out = [one] * 5
+    if rows is not None:
+        out = [rows.table, rows.loss, rows.weights, rows.at_positive, rows.pasts]
     _moments_fwd[(blocks, 1, splits)](
         queries, keys, scale, parts, *out, queries.stride(0), keys.stride(0), n, m, dim, 1 / bound,
-        *launch.excluded(exclude), span, DEGREE=degree, EXCLUDE=len(exclude), UNIT=bound == 1,
-        SPLIT=splits > 1, DENSE=queries.stride(0) == keys.stride(0) == dims["WIDTH"], LOSS=loss,
-        DEPTH=rows.depth if rows and loss else 0,
-        DETACH=rows is not None and loss and rows.detach_target, NODES=node_count(degree),
-        COUNT=row_count(config, degree), **dims, ROWS=config.rows, COLS=config.cols,
-        **config.options,
+        *launch.excluded(exclude), span, rows.depth if rows else 0, DEGREE=degree,
+        EXCLUDE=len(exclude), UNIT=bound == 1, SPLIT=splits > 1,
+        DENSE=queries.stride(0) == keys.stride(0) == dims["WIDTH"], LOSS=loss,
+        DETACH=rows is not None and loss and rows.detach_target, **dims, ROWS=config.rows,
+        COLS=config.cols, STEPS=config.steps, **config.options,
     )  # fmt: skip
-    return parts, config
-
-
-def node_count(degree: int) -> int:
-    return 1 << degree.bit_length()
-
-
-def row_count(config: launch.Config, degree: int) -> int:
-    """Rows at a time of the loss: a node a thread, which keeps the registers for the moments."""
-    if launch.triton_status() == "interpreted":
-        return config.rows
-    return max(1, min(config.rows, 32 * config.warps // node_count(degree)))
+    return parts

@@ -165,3 +165,14 @@ def walk(span, count, SPLIT: tl.constexpr, STEP: tl.constexpr):
         start = tl.program_id(2) * span
         stop = tl.minimum(start + span, count)
     return start, start + (stop - start) // STEP * STEP, stop
+
+
+@triton.jit
+def column_groups(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, COLS] -> [ROWS, LANES] each: columns that one thread owns, to add up by FMAs."""
+    if COLS == LANES:
+        return (x,)
+    else:
+        halves = tl.permute(tl.reshape(x, [ROWS, 2, COLS // 2]), (0, 2, 1))
+        left, right = tl.split(halves)
+        return column_groups(left, ROWS, COLS // 2) + column_groups(right, ROWS, COLS // 2)

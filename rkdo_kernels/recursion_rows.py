@@ -11,6 +11,8 @@ import triton.language as tl
 
 from .primitives import load_rows
 
+PASTS = 4  # of every t: q at the positive, 1 / Z, w at the positive, pull
+Q, SHARE, W, PULL = (tl.constexpr(what) for what in range(PASTS))
 TINY64 = tl.constexpr(2.2250738585072014e-308)
 
 
@@ -23,6 +25,7 @@ def _recursion_rows(
     loss_ptr,  # [N]                        out, fp64
     weights_ptr,  # [N, DEGREE + 1]         out, fp64
     at_positive_ptr,  # [N]                 out, fp64
+    pasts_ptr,  # [depth + 1, 4, N]         room: see PASTS, fp64
     queries_stride,
     keys_stride,
     n,
@@ -30,18 +33,16 @@ def _recursion_rows(
     dim,
     positive_offset,
     parts,
+    depth,
     DEGREE: tl.constexpr,
-    NODES: tl.constexpr,
-    DEPTH: tl.constexpr,
     DETACH: tl.constexpr,
-    WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     """One program per COUNT rows."""
     recursion_rows(
         queries_ptr, keys_ptr, table_ptr, moments_ptr, loss_ptr, weights_ptr, at_positive_ptr,
-        queries_stride, keys_stride, tl.program_id(0) * COUNT, n, m, dim, positive_offset, parts,
-        DEGREE, NODES, DEPTH, DETACH, WIDTH, COUNT,
+        pasts_ptr, queries_stride, keys_stride, tl.program_id(0) * COUNT, n, m, dim,
+        positive_offset, parts, depth, DEGREE, DETACH, COUNT,
     )  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def recursion_rows(
     loss_ptr,
     weights_ptr,
     at_positive_ptr,
+    pasts_ptr,
     queries_stride,
     keys_stride,
     first,
@@ -62,85 +64,147 @@ def recursion_rows(
     dim,
     positive_offset,
     parts,
+    depth,
     DEGREE: tl.constexpr,
-    NODES: tl.constexpr,  # DEGREE + 1 or more: tensors want a power of 2
-    DEPTH: tl.constexpr,
     DETACH: tl.constexpr,
-    WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Rows first .. first + COUNT; see quadrature.recursion for the mathematics.
+    """Rows first .. first + COUNT, a row a thread; see quadrature.recursion for the mathematics.
 
-    1 − p_t follows p's own recursion, as does r_t = p_t / e at the nodes; E_t = q_t / e,
-    w_t = log p_t − log q_t and b_t = w_t + (1 − α) b_{t+1}.
+    1 − p_t follows p's own recursion, as does r_t = p_t / e at the nodes; E_t = q_t / e and
+    w_t = log p_t − log q_t. Forward in t alone, and t by t in a loop, so that the registers that it
+    takes do not grow with depth:
+
+        ∂loss/∂S = Σ_{t>0} (c_t (q_t − p_t) + y_t w_t) − Σ_{t<depth} c_t q_t pull_t
+        y_t = (1 − α) y_{t−1} + α c_{t−1} q_{t−1},  pull_s = Σ_{t>s} α (1 − α)^(t−1−s) Σ_j q_s w_t
     """
     i = first + tl.arange(0, COUNT)
     kept = i < n
-    node = tl.arange(0, NODES)
-    real = node <= DEGREE
     growth_ptr = table_ptr + (DEGREE + 1) * (DEGREE + 1)
-    scales_ptr = growth_ptr + (DEPTH + 1) * (DEGREE + 1)
-    alpha = tl.load(scales_ptr + DEPTH + 1)
+    scales_ptr = growth_ptr + (depth + 1) * (DEGREE + 1)
+    alpha = tl.load(scales_ptr + depth + 1)
     s = pair_similarities(
-        queries_ptr, queries_stride, keys_ptr, keys_stride, first, n, m, dim, positive_offset,
-        WIDTH, COUNT,
-    )  # fmt: skip
+        queries_ptr, queries_stride, keys_ptr, keys_stride, first, n, m, dim, positive_offset, COUNT
+    )
+    zero = tl.zeros([COUNT], tl.float64)
+    mu = repeat(zero, DEGREE + 1)
     row = i.to(tl.int64) * (DEGREE + 1)
-    mu = tl.zeros([COUNT, NODES], tl.float64)
     for power in tl.static_range(DEGREE + 1):
-        moment = tl.zeros([COUNT], tl.float64)
+        moment = zero
         for part in range(parts):
             at = moments_ptr + part * tl.cast(n, tl.int64) * (DEGREE + 1) + row + power
             moment += tl.load(at, mask=kept, other=0.0).to(tl.float64)
-        to_power = tl.load(table_ptr + node * (DEGREE + 1) + power, mask=real, other=0.0)
-        mu += moment[:, None] * to_power[None, :]
+        added = ()
+        for node in tl.static_range(DEGREE + 1):
+            added = added + (mu[node] + moment * tl.load(table_ptr + node * (DEGREE + 1) + power),)
+        mu = added
 
-    loss = tl.zeros([COUNT], tl.float64)
-    at_positive = tl.zeros([COUNT], tl.float64)
-    g = tl.zeros([COUNT, NODES], tl.float64)
-    below = tl.zeros([COUNT], tl.float64)  # 1 − p
-    r = tl.zeros([COUNT, NODES], tl.float64)
-    qs = ()
-    es = ()
-    logs = ()
-    log_ratios = ()
-    for t in tl.static_range(DEPTH + 1):
+    loss = zero
+    at_positive = zero
+    below = zero  # 1 − p
+    y_positive = zero
+    for t in range(depth + 1):
         c = tl.load(scales_ptr + t)
-        growth = tl.load(growth_ptr + t * (DEGREE + 1) + node, mask=real, other=1.0)[None, :]
+        others = zero
+        for node in tl.static_range(DEGREE + 1):
+            others += mu[node] * tl.load(growth_ptr + t * (DEGREE + 1) + node)
         inverse = tl.exp(-c * s)
-        odds = tl.sum(mu * growth, 1) * inverse
+        odds = others * inverse
         q = 1 / (odds + 1)
-        e = growth * (inverse * q)[:, None]
-        if t > 0:
-            change = odds * q - below  # p − q
-            w = log1p(change / q)
-            log_ratio = tl.log(tl.maximum(r / e, TINY64))
-            loss += (q + change) * w + tl.sum(mu * r * log_ratio, 1)
-            at_positive -= c * change
-            g += c * (e - r)
-            logs = logs + (w,)
-            log_ratios = log_ratios + (log_ratio,)
-        below = (1 - alpha) * below + alpha * (odds * q)
-        r = (1 - alpha) * r + alpha * e
-        qs = qs + (q,)
-        es = es + (e,)
+        change = tl.where(t > 0, odds * q - below, 0.0)  # p − q
+        w = log1p(change / q)
+        loss += (q + change) * w
+        at_positive -= c * change
+        if not DETACH:
+            at_positive += y_positive * w
+            y_positive += alpha * (c * q - y_positive)
+        below += alpha * (odds * q - below)
+        put(pasts_ptr, Q, t, i, n, q)
+        put(pasts_ptr, SHARE, t, i, n, inverse * q)
+        put(pasts_ptr, W, t, i, n, w)
+        put(pasts_ptr, PULL, t, i, n, zero)
+    tl.store(loss_ptr + i, loss, mask=kept)  # not kept: below every register is needed
+    tl.store(at_positive_ptr + i, at_positive, mask=kept)
+
+    loss = zero
+    r = repeat(zero, DEGREE + 1)
+    y = repeat(zero, DEGREE + 1)
+    g = repeat(zero, DEGREE + 1)
+    for t in range(depth + 1):
+        c = tl.load(scales_ptr + t)
+        share = get(pasts_ptr, SHARE, t, i, n)
+        weighted = ()
+        next_r = ()
+        next_y = ()
+        next_g = ()
+        for node in tl.static_range(DEGREE + 1):
+            e = tl.load(growth_ptr + t * (DEGREE + 1) + node) * share
+            log_ratio = tl.log(tl.maximum(tl.where(t > 0, r[node], e) / e, TINY64))
+            weighted = weighted + (mu[node] * log_ratio,)
+            loss += r[node] * (mu[node] * log_ratio)
+            change = tl.where(t > 0, c * (e - r[node]), 0.0)
+            next_r = next_r + (r[node] + alpha * (e - r[node]),)
+            if DETACH:
+                next_g = next_g + (g[node] + change,)
+                next_y = next_y + (zero,)
+            else:
+                next_g = next_g + (g[node] + change + y[node] * log_ratio,)
+                next_y = next_y + (y[node] + alpha * (c * e - y[node]),)
+        r = next_r
+        y = next_y
+        g = next_g
+        if not DETACH:
+            w = get(pasts_ptr, W, t, i, n)
+            factor = alpha
+            for back in range(t):
+                past = t - 1 - back
+                pull = zero
+                for node in tl.static_range(DEGREE + 1):
+                    growth = tl.load(growth_ptr + past * (DEGREE + 1) + node)
+                    pull += weighted[node] * growth
+                pull = get(pasts_ptr, Q, past, i, n) * w + get(pasts_ptr, SHARE, past, i, n) * pull
+                pull = get(pasts_ptr, PULL, past, i, n) + factor * pull
+                put(pasts_ptr, PULL, past, i, n, pull)
+                factor *= 1 - alpha
+    loss += tl.load(loss_ptr + i, mask=kept, other=0.0)
+    at_positive = tl.load(at_positive_ptr + i, mask=kept, other=0.0)
     if not DETACH:
-        b = tl.zeros([COUNT, NODES], tl.float64)
-        b_positive = tl.zeros([COUNT], tl.float64)
-        for step in tl.static_range(DEPTH):
-            c = tl.load(scales_ptr + (DEPTH - 1 - step))
-            q = qs[DEPTH - 1 - step]
-            e = es[DEPTH - 1 - step]
-            b = log_ratios[DEPTH - 1 - step] + (1 - alpha) * b
-            b_positive = logs[DEPTH - 1 - step] + (1 - alpha) * b_positive
-            pull = tl.sum(mu * e * b, 1) + q * b_positive
-            g += (c * alpha) * e * (b - pull[:, None])
-            at_positive += (c * alpha) * q * (b_positive - pull)
+        for t in range(depth):
+            pull = tl.load(scales_ptr + t) * get(pasts_ptr, PULL, t, i, n)
+            at_positive -= get(pasts_ptr, Q, t, i, n) * pull
+            pull *= get(pasts_ptr, SHARE, t, i, n)
+            next_g = ()
+            for node in tl.static_range(DEGREE + 1):
+                growth = tl.load(growth_ptr + t * (DEGREE + 1) + node)
+                next_g = next_g + (g[node] - growth * pull,)
+            g = next_g
     tl.store(loss_ptr + i, loss, mask=kept)
     tl.store(at_positive_ptr + i, at_positive, mask=kept)
     for power in tl.static_range(DEGREE + 1):
-        to_power = tl.load(table_ptr + node * (DEGREE + 1) + power, mask=real, other=0.0)
-        tl.store(weights_ptr + row + power, tl.sum(g * to_power[None, :], 1), mask=kept)
+        weight = zero
+        for node in tl.static_range(DEGREE + 1):
+            weight += g[node] * tl.load(table_ptr + node * (DEGREE + 1) + power)
+        tl.store(weights_ptr + row + power, weight, mask=kept)
+
+
+@triton.jit
+def put(pasts_ptr, what: tl.constexpr, t, i, n, x):
+    at = pasts_ptr + (4 * t + what) * tl.cast(n, tl.int64) + i
+    tl.store(at, x, mask=i < n)
+
+
+@triton.jit
+def get(pasts_ptr, what: tl.constexpr, t, i, n):
+    at = pasts_ptr + (4 * t + what) * tl.cast(n, tl.int64) + i
+    return tl.load(at, mask=i < n, other=0.0)
+
+
+@triton.jit
+def repeat(x, COUNT: tl.constexpr):
+    result = ()
+    for _ in tl.static_range(COUNT):
+        result = result + (x,)
+    return result
 
 
 @triton.jit
@@ -154,18 +218,17 @@ def pair_similarities(
     m,
     dim,
     positive_offset,
-    WIDTH: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # [COUNT], fp64
     """Σ_d q_id k_jd with j = i + positive_offset, of fp32 products; 0 past the last row."""
     s = tl.zeros([COUNT], tl.float64)
-    for start in range(0, dim, WIDTH):
+    for start in range(0, dim, 16):
         q = load_rows(
-            queries_ptr, queries_stride, first, n, start, dim, COUNT, WIDTH, False, True, True
+            queries_ptr, queries_stride, first, n, start, dim, COUNT, 16, False, True, True
         )
         k = load_rows(
-            keys_ptr, keys_stride, first + positive_offset, m, start, dim, COUNT, WIDTH, False,
-            True, True,
+            keys_ptr, keys_stride, first + positive_offset, m, start, dim, COUNT, 16, False, True,
+            True,
         )  # fmt: skip
         s += tl.sum((q * k).to(tl.float64), 1)
     return s
