@@ -60,6 +60,7 @@ class Tile:
     similarity: Product
     gradient: Product | None
     chunks: int  # of the embedding; all but the first in a loop of their own
+    steps: int = 1  # products with as many parts of the other operand, one after another
 
     @property
     def operand_bytes(self) -> int:
@@ -80,7 +81,7 @@ class Tile:
     @property
     def tcgen05_steps(self) -> float:
         """tcgen05 instructions: 128 rows and 32 bytes of the contracted axis each."""
-        deep = self.similarity.inner * self.similarity.passes * self.similarity.size
+        deep = self.similarity.inner * self.similarity.passes * self.similarity.size * self.steps
         if self.gradient:
             deep += self.other * self.gradient.passes * self.gradient.size
         return -(-self.own // 128) * deep / 32
@@ -107,7 +108,8 @@ def parse_sass(text: str) -> list[Instruction]:
     program = []
     for _, guard, name, rest in found:
         jump = None
-        if name.split(".")[0] == "BRA":
+        far = name == "CALL.REL.NOINC" and guard  # how ptxas leaves some loops; it does not return
+        if name.split(".")[0] == "BRA" or far:
             targets = re.findall(r"0x([0-9a-f]+)", rest)
             jump = at.get(int(targets[-1], 16)) if targets else None
         conditional = bool(guard) or re.search(r"\bU?P\d", rest) is not None
@@ -222,7 +224,7 @@ def interior(program: Sequence[Instruction], body: frozenset[int]) -> list[int]:
 
 
 def hot_loop(program: Sequence[Instruction], tile: Tile) -> Loop | None:
-    """None if no loop holds a matrix instruction."""
+    """None if no loop holds a matrix instruction; of two that hold as many, the shorter one."""
 
     def products(body: frozenset[int]) -> float:
         return sum(multiply_adds(program[at], tile) for at in body)
@@ -231,7 +233,7 @@ def hot_loop(program: Sequence[Instruction], tile: Tile) -> Loop | None:
     outermost = [body for body in holding if not any(body < other for other in holding)]
     if not outermost:
         return None
-    hot = max(outermost, key=products)
+    hot = max(outermost, key=lambda body: (products(body), -len(body)))
     inside = frozenset().union(*(body for body in holding if body < hot))
     weights = {at: tile.chunks - 1.0 if at in inside else 1.0 for at in interior(program, hot)}
     return count(program, weights, tile)

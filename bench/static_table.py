@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 
 from .errors import BenchError
 from .gates import failures
 from .record import FOLDER, Result, newest, read
 from .report import aligned, duration
-from .static import Entry, Resources, entries
+from .static import Entry, Resources, entries, examine
 from .targets import TARGETS
 
 HEADER = (
@@ -32,23 +33,38 @@ LOSSES = {  # kernels of one forward and backward, by case
         "softmax_sums_bwd dq", "softmax_sums_bwd dk",
     ),
 }  # fmt: skip
+BATCH = 6  # kernels that one run of the disassembler takes
 LEGEND = """\
 slots, special and matrix: instructions a thread executes in the hot loop ÷ entries of S it owns,
 in a tile that meets no edge; work: multiply-adds ÷ those needed (above 1 some are done twice);
 global and shared: accesses an entry × bytes; ps: predicted picoseconds an entry on the device."""
 
 
-def compile_entry(entry: Entry) -> tuple[Entry, Resources | str]:
-    try:
-        return entry, replace(entry.compile(), assembly="")
-    except Exception as error:  # of the compiler: it belongs into the table
-        text = str(error).strip().splitlines()
-        return entry, f"{type(error).__name__}: {text[0][:120] if text else ''}"
+def compile_entries(batch: Sequence[Entry]) -> list[tuple[Entry, Resources | str]]:
+    """For one target."""
+    results: dict[Entry, Resources | str] = {}
+    built = {}
+    for entry in batch:
+        try:
+            built[entry] = entry.build()
+        except Exception as error:  # of the compiler: it belongs into the table
+            text = str(error).strip().splitlines()
+            results[entry] = f"{type(error).__name__}: {text[0][:120] if text else ''}"
+    if built:
+        found = examine(list(built.values()))
+        results |= {e: replace(x, assembly="") for e, x in zip(built, found, strict=True)}
+    return list(results.items())
 
 
 def compile_all(wanted: Iterable[Entry], processes: int) -> Iterator[tuple[Entry, Resources | str]]:
-    with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(compile_entry, wanted, chunksize=2)
+    """As they come, a target's slowest first."""
+    batches = []
+    for _, group in groupby(wanted, key=lambda entry: entry.target):
+        slowest = sorted(group, key=lambda e: (e.dim, e.dtype == "fp32"), reverse=True)
+        batches += [slowest[k : k + BATCH] for k in range(0, len(slowest), BATCH)]
+    with multiprocessing.Pool(processes) as pool:
+        for found in pool.imap_unordered(compile_entries, batches):
+            yield from found
 
 
 def line(entry: Entry, found: Resources | str) -> tuple[str, ...]:
@@ -149,6 +165,7 @@ def main(arguments: list[str]) -> int:
         compile_all(wanted, chosen.processes), total=len(wanted), unit="kernel", file=sys.stderr
     ):
         every.append(pair)
+    every.sort(key=lambda pair: wanted.index(pair[0]))
     print(aligned([HEADER, *(line(*pair) for pair in every)]))
     print(f"\n{LEGEND}")
     found = {entry: x for entry, x in every if not isinstance(x, str)}

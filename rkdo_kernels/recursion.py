@@ -340,8 +340,8 @@ def recursion(
     _recursion_fwd[(triton.cdiv(n, config.rows),)](
         queries, keys, *row_tables(scales, peak, log_mass), loss, pull, slope, queries.stride(0),
         keys.stride(0), n, keys.shape[0], dim, alpha, positive_offset, DEPTH=depth,
-        DETACH=detach_target, **launch.dims(queries), ROWS=config.rows, COLS=config.cols,
-        **config.options,
+        DETACH=detach_target, **launch.dims(queries, config.width), ROWS=config.rows,
+        COLS=config.cols, **config.options,
     )  # fmt: skip
     return loss, pull, slope
 
@@ -362,9 +362,10 @@ def recursion_backward(
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     tables = row_tables(scales, peak, log_mass)
     rows = pull.contiguous(), weights.contiguous(), at_positive.contiguous()
-    config, dims = launch.config("recursion_bwd", queries), launch.dims(queries)
     results = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
     for gradient, to_queries in zip(results, (True, False), strict=True):
+        config = launch.config("recursion_dq" if to_queries else "recursion_dk", queries)
+        dims = launch.dims(queries, config.width)
         block = config.rows if to_queries else config.cols
         _recursion_bwd[(triton.cdiv(len(gradient), block), dims["CHUNKS"])](
             queries, keys, *tables, *rows, gradient, queries.stride(0), keys.stride(0),

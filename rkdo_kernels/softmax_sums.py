@@ -266,12 +266,12 @@ def softmax_sums(
     n, dim = queries.shape
     peak, total = queries.new_empty(2, n, dtype=torch.float32)
     mass, slope = queries.new_empty(2, n, len(scales), dtype=torch.float32)
-    config = launch.config("softmax_sums", queries)
+    config = launch.config(table_name(student), queries)
     _softmax_sums_fwd[(triton.cdiv(n, config.rows),)](
         queries, keys, *squares(queries, keys, student), scales, peak, mass, slope, total,
         queries.stride(0), keys.stride(0), n, keys.shape[0], dim, *launch.excluded(exclude),
-        SCALES=len(scales), STUDENT=student, EXCLUDE=len(exclude), **launch.dims(queries),
-        ROWS=config.rows, COLS=config.cols, **config.options,
+        SCALES=len(scales), STUDENT=student, EXCLUDE=len(exclude),
+        **launch.dims(queries, config.width), ROWS=config.rows, COLS=config.cols, **config.options,
     )  # fmt: skip
     return peak, mass, slope, total
 
@@ -288,9 +288,10 @@ def softmax_sums_backward(
 ) -> tuple[Tensor, Tensor]:
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     rows = peak.contiguous(), weights.contiguous(), total_weight.contiguous()
-    config, dims = launch.config("softmax_sums_bwd", queries), launch.dims(queries)
     results = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
     for gradient, to_queries in zip(results, (True, False), strict=True):
+        config = launch.config(f"{table_name(student)}_{'dq' if to_queries else 'dk'}", queries)
+        dims = launch.dims(queries, config.width)
         block = config.rows if to_queries else config.cols
         _softmax_sums_bwd[(triton.cdiv(len(gradient), block), dims["CHUNKS"])](
             queries, keys, *squares(queries, keys, student), scales, *rows, gradient,
@@ -300,6 +301,10 @@ def softmax_sums_backward(
             ROWS=config.rows, COLS=config.cols, **config.options,
         )  # fmt: skip
     return results
+
+
+def table_name(student: bool) -> str:
+    return "student_sums" if student else "softmax_sums"
 
 
 def squares(queries: Tensor, keys: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:

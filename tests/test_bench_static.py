@@ -3,6 +3,7 @@
 Everything is compiled in other processes: here Triton may be its interpreter.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,10 +18,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 
 GATES = """
-import json, sys
-from concurrent.futures import ProcessPoolExecutor
+import dataclasses, json
 from bench import gates, static
-from bench.static_table import compile_entry
+from bench.static_table import compile_all
 
 def wanted():
     for case in static.cases():
@@ -36,12 +36,9 @@ def wanted():
 
 if __name__ == "__main__":
     results = {}
-    with ProcessPoolExecutor(2) as pool:
-        for entry, found in pool.map(compile_entry, wanted()):
-            name = " ".join(map(str, (entry.target, entry.case, entry.dtype, entry.variant)))
-            results[name] = (
-                {"compile": found} if isinstance(found, str) else gates.failures(found)
-            )
+    for entry, found in compile_all(wanted(), 2):
+        name = " ".join(map(str, dataclasses.astuple(entry)))
+        results[name] = {"compile": found} if isinstance(found, str) else gates.failures(found)
     print(json.dumps(results))
 """
 
@@ -237,6 +234,22 @@ def test_a_rare_path_that_jumps_back_is_no_loop():
     loop = sass.hot_loop(sass.parse_sass(sass_text(lines)), TILE)
     assert loop.slots == 4 * 128 / 64**2
     assert loop.kinds == ("mma",)
+
+
+def test_a_loop_may_be_left_by_a_call_that_does_not_return():
+    lines = [
+        "HMMA.16816.F32.BF16 R96, R96, R60, RZ",  # 0: over the keys
+        "HMMA.16816.F32.BF16 R96, R96, R60, RZ",  # 1: over the chunks
+        "@P0 CALL.REL.NOINC 0x40",
+        "BRA 0x10",
+        "FADD R1, R1, R2",  # 4
+        "@P1 CALL.REL.NOINC 0x70",
+        "BRA 0x0",
+        "EXIT",
+    ]
+    tile = dataclasses.replace(TILE, chunks=4)
+    loop = sass.hot_loop(sass.parse_sass(sass_text(lines)), tile)
+    assert loop.slots == (4 + 3 * 2) * 128 / 64**2  # without the inner jump back
 
 
 def test_the_hot_loop_of_amd():
