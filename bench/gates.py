@@ -97,13 +97,8 @@ class Waiver:
         return all(fnmatch(*pair) for pair in zip(values, patterns, strict=True))
 
 
-SMALL = "the recursion's registers leave room for 32 rows or keys, and these need 64 of either"
 SPLIT = "tf32x3 splits operands in registers: with the 64 keys that wgmma wants, these spill"
-WAIVERS = (
-    Waiver("sm_90", "* dk", "fp32", "*", "matrix kind", SPLIT),
-    Waiver("sm_90", "recursion*", "*", "*", "matrix kind", SMALL),
-    Waiver("sm_100", "recursion*", "*", "*", "matrix kind", SMALL),
-)
+WAIVERS = (Waiver("sm_90", "moments* dk", "fp32", "*", "matrix kind", SPLIT),)
 
 
 def failures(found: Resources) -> dict[str, str]:

@@ -30,6 +30,11 @@ def wanted():
         if case.name.startswith("moments"):
             for target in ("sm_80", "sm_100", "gfx942"):
                 yield static.Entry(case.name, "bf16", 64, target)
+    for name in ("softmax_sums", "softmax_sums_bwd dk", "recursion_bwd dq", "recursion_bwd dk"):
+        yield static.Entry(name, "fp32", 64, "sm_80")
+        yield static.Entry(name, "fp16", 512, "sm_90")
+        yield static.Entry(name, "fp32", 512, "sm_100")
+        yield static.Entry(name, "bf16", 512, "gfx942")
     for variant in static.VARIANTS[1:]:
         yield static.Entry("moments_fwd k=4", "bf16", 64, "sm_90", variant)
         yield static.Entry("recursion_bwd dq", "bf16", 64, "sm_90", variant)

@@ -86,6 +86,28 @@ def test_softmax_sums(student, exclude, backend, tiles):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("student", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(32, 64), (33, 64), (64, 33), (5, 3)])
+def test_softmax_sums_of_whole_and_of_broken_tiles(n, m, student, backend, tiles):
+    """With S near −50 exp(c (x − peak)) overflows where a key past the last is not left out."""
+    for exclude in ([], [0, m - n], [m - n, 1]):
+        inputs = sample_views(n, 20, m=m)
+        if not student:
+            inputs = {"queries": inputs["queries"] + 1.6, "keys": inputs["keys"] - 1.6}
+
+        def ours(queries, keys, exclude=exclude):
+            _, mass, _, total = softmax_sums(queries, keys, SCALES, student, exclude, backend)
+            return torch.cat([total[:, None], mass], 1).float()
+
+        assert_as_accurate(
+            ours,
+            lambda e=exclude, **x: materialised_sums(**x, student=student, exclude=e),
+            inputs,
+            200.0,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("student", [False, True])
 def test_slopes_are_the_derivatives_for_the_scales(student, backend, tiles):
     views = sample_views(37, 20, m=70)
     peak, mass, slope, _ = softmax_sums(*views.values(), SCALES, student, [1], backend)
