@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from rkdo_kernels import kernels, recursion, softmax_sums
+from rkdo_kernels import kernels, launch, recursion, softmax_sums
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -90,7 +90,9 @@ def calls(n, m, d, dtype):
     for exclude in ([], [0], [m - n, 0]):
         scale = scales[0].clone()
         yield "moments", (*x, scale, 1.5, 2, exclude)
-        yield "moments_backward", (*x, scale, 1.5, rows(n, 3), exclude)
+        gradient = (*x, scale, 1.5, rows(n, 3), exclude, rows(n) if exclude else None)
+        yield "moments_backward", gradient
+        yield "moments_backward in parts", gradient
         yield "softmax_sums", (*x, scales, False, exclude)
         yield (
             "softmax_sums_backward",
@@ -104,6 +106,25 @@ def calls(n, m, d, dtype):
         yield "recursion_backward", (*call, rows(n, 2), rows(n), rows(n))
 
 
+def launcher(name):
+    name, _, parts = name.partition(" in ")
+    function = getattr(kernels, name)
+    return in_parts(function) if parts else function
+
+
+def in_parts(function):
+    """The launcher, its walks in up to three parts."""
+
+    def call(*arguments):
+        was, launch.splits = launch.splits, lambda *_: 3
+        try:
+            return function(*arguments)
+        finally:
+            launch.splits = was
+
+    return call
+
+
 def results(found):
     return found if isinstance(found, tuple) else (found,)
 
@@ -114,7 +135,7 @@ def run_all(side):
         for dtype in (torch.float32, torch.bfloat16):
             for name, arguments in calls(*shape, dtype):
                 print(name, shape, str(dtype).removeprefix("torch."), flush=True)
-                function = getattr(kernels, name)
+                function = launcher(name)
                 wanted = results(function(*arguments))
                 found = results(guarded.call(function, *arguments))
                 for a, b in zip(found, wanted, strict=True):
@@ -130,7 +151,7 @@ def run_far():
         size = ((n - 1) * stride + d) * dtype.itemsize
         for name, arguments in calls(n, n, d, dtype):
             print(name, dtype, flush=True)
-            function = getattr(kernels, name)
+            function = launcher(name)
             wanted = results(function(*arguments))
             for operand in (0, 1):
                 address = memory(size)

@@ -37,7 +37,11 @@ KERNELS = [
 ]  # fmt: skip
 FILES = {  # the tests that a file's mutants have to pass, quickest first
     "moments": ["tests/test_ops.py::test_moments", *KERNELS[3:4], *KERNELS[6:]],
-    "moments_gradient": ["tests/test_ops.py::test_moments", *KERNELS[3:4], *KERNELS[6:]],
+    "moments_gradient": [
+        "tests/test_moments_gradient.py::test_d",
+        "tests/test_ops.py::test_moments",
+        *KERNELS[-1:],
+    ],
     "softmax_sums": [*KERNELS[1:2], *KERNELS[4:]],
     "recursion": [*KERNELS[3:4], *KERNELS[5:]],
     "gradient_loop": [*KERNELS[1:2], *KERNELS[3:]],
@@ -208,7 +212,7 @@ def run_tests(folder: Path, file: str, known: list[str] | None) -> int:
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     signal.alarm(SECONDS if known is not None else 0)
-    chosen = "triton or bounds or learnable" if file in TRITON else "not triton"
+    chosen = "triton or bounds or learnable or moments_gradient" if file in TRITON else "not triton"
     arguments = ["-q", "-p", "no:cacheprovider", "-k", chosen, *expand(FILES[file])]
     if known is None:
         failures = Failures()
