@@ -218,7 +218,8 @@ def launch_moments(
     """With the loss where no splits leave it to a second launch."""
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     (n, dim), m = queries.shape, keys.shape[0]
-    config, dims = launch.config("moments_fwd" if degree else "logsumexp", queries), launch.dims(queries)
+    config = launch.config("moments_fwd" if degree else "logsumexp", queries)
+    dims = launch.dims(queries)
     blocks = triton.cdiv(n, config.rows)
     one = queries.new_empty(n, degree + 1, dtype=torch.float32)
     step = config.cols * config.steps
