@@ -90,6 +90,9 @@ def triton_status() -> str:
 # ---- launches of the Triton kernels --------------------------------------------------------------
 
 WIDTHS = {4: 64, 2: 128}  # columns of an operand held at once, by bytes an element
+SINGLE = 128  # rows, and keys, up to which one program does all
+STRIPE_DIM = 256  # of bfloat16 embeddings, from which ∂L/∂S is formed by stripes
+STRIPE_BYTES = 32 << 20  # of one: an H200's L2 holds 50 MB
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,12 @@ CONFIGS = {
     ("moments_fwd", 2, True): Config(128, 64, 8, 2),
     ("moments_fwd", 4, False): Config(128, 64, 8, 2),
     ("moments_fwd", 4, True): Config(64, 64, 4, 1),
-    ("both_sums", 2, False): Config(128, 128, 8, 3),
+    ("single_launch", 2, False): Config(64, 64, 4, 1),
+    ("single_launch", 2, True): Config(64, 64, 8, 1),
+    ("single_launch", 4, False): Config(64, 64, 8, 1, width=32),
+    ("single_launch", 4, True): Config(64, 64, 8, 1, width=32),
+    ("gradient_stripe", 2, True): Config(128, 128, 8, 3, width=64),
+    ("both_sums", 2, False): Config(128, 64, 4, 3, registers=168),
     ("both_sums", 2, True): Config(64, 128, 8, 2),
     ("both_sums", 4, False): Config(64, 128, 8, 2),
     ("both_sums", 4, True): Config(64, 64, 8, 2),
@@ -181,6 +189,10 @@ ARCH_CONFIGS = {
     ("sm_80", "moments_fwd", 4, False): Config(32, 64, 4, 2),
     ("sm_80", "moments_fwd", 4, True): Config(32, 64, 4, 2),
     ("sm_100", "logsumexp", 2, False): Config(128, 64, 8, 3),
+    ("sm_100", "logsumexp", 4, True): Config(64, 64, 8, 2),
+    ("sm_100", "moments_fwd", 4, True): Config(64, 64, 8, 2),
+    ("gfx942", "logsumexp", 4, True): Config(128, 64, 8, 2),
+    ("gfx942", "moments_fwd", 4, True): Config(128, 64, 8, 2),
     ("sm_80", "moments_dq", 2, False): Config(64, 64, 4, 2),
     ("sm_80", "moments_dq", 2, True): Config(64, 64, 8, 2),
     ("sm_80", "moments_dq", 4, False): Config(32, 32, 2, 2),
@@ -195,6 +207,7 @@ ARCH_CONFIGS = {
     ("sm_100", "moments_dk", 4, False): Config(64, 64, 8, 1),
     ("sm_100", "moments_dq", 4, True): Config(64, 64, 8, 1),
     ("sm_100", "moments_dk", 4, True): Config(64, 64, 8, 1),
+    ("gfx942", "gradient_stripe", 2, True): Config(128, 128, 8, 2, width=64),
     ("gfx942", "moments_dq", 2, False): Config(128, 64, 4, 1),
     ("gfx942", "moments_dq", 2, True): Config(128, 64, 4, 1),
     ("gfx942", "moments_dq", 4, False): Config(128, 32, 4, 1),
@@ -305,6 +318,16 @@ def splits(programs: int, count: int, step: int, warps: int, result: Tensor) -> 
 def span(count: int, step: int, parts: int) -> int:
     """Rows that each of `parts` programs walks over: whole steps, but for the last."""
     return step * -(-count // (step * parts))
+
+
+def is_single(n: int, m: int) -> bool:
+    """Whether one program does all, of the loss and of its gradient."""
+    return n <= SINGLE and m <= SINGLE
+
+
+def stripe(count: int, length: int) -> int:
+    """Of `count` rows of bfloat16, as many as a stripe holds: multiples of 128, and 128 at least."""
+    return min(count, 128 * max(1, STRIPE_BYTES // (256 * length)))
 
 
 def dims(x: Tensor, width: int | None = None) -> dict[str, Any]:
