@@ -26,6 +26,7 @@ ARROWS = {
     "one_pass": {"quadrature", "tiles"},
     "tiled": {"one_pass", "tiles"},
     "small": {"constants", "once"},
+    "field_tiles": {"tiles"},
     # Triton: kernels know their pieces and their launch tables
     "launch": {"chebyshev", "constants"},
     "recursion_rows": {"primitives"},
@@ -37,6 +38,7 @@ ARROWS = {
     "kernels": {"moments", "moments_gradient", "softmax_sums", "recursion"},
     # operators choose between kernels and tiles
     "ops": {"chebyshev", "kernels", "once", "tiled", "ratios"},
+    "field_ops": {"field_tiles", "ops"},
     # losses: arguments, rows, public functions, modules
     "problem": {"checks", "launch", "ops", "small"},
     "rows": {"problem", "launch", "once", "one_pass", "ops", "small"},
