@@ -19,14 +19,14 @@ import torch
 import triton
 from triton.compiler import ASTSource, CompiledKernel
 
-from rkdo_kernels import launch, moments, moments_gradient, recursion, softmax_sums
+from rkdo_kernels import launch, moments, moments_gradient, recursion, softmax_sums, symmetric
 
 from . import cubin, sass
 from .targets import TARGETS, predict, resident_warps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERANDS = ("queries", "keys", "gradient")
-FLOATS = ("unit", "alpha")
+FLOATS = ("unit", "alpha", "scale")
 OFFSETS = ("exclude_a", "exclude_b", "positive_offset")
 AWKWARD = ("sm_90", "gfx942")  # a target of each compiler backend for the odd specialisations
 VARIANTS = ("aligned", "unaligned", "ones")  # of the integer arguments; see `specialise`
@@ -55,10 +55,14 @@ def cases() -> list[Case]:
     info_nce = {"DEGREE": 0, "DETACH": False}
     rkdo = {"DEGREE": 4, "DETACH": False}
     whole = {**rows, "SPLIT": False, "LOSS": True}
+    both = {"EXCLUDE": 1, "SPLIT": False, "AGAIN": True}
+    both_bwd = {"EXCLUDE": 1, "POSITIVE": True, "BY_KEY": True, "SPLIT": False}
     softmax, softmax_bwd = softmax_sums._softmax_sums_fwd, softmax_sums._softmax_sums_bwd
     result = [
         Case("moments_fwd k=0", fwd, "logsumexp", {**whole, **info_nce}, one + out),
         Case("moments_fwd k=4", fwd, "moments_fwd", {**whole, **rkdo}, one + out),
+        Case("both_sums", symmetric._both_sums_fwd, "both_sums", both),
+        Case("both_sums_bwd", symmetric._both_sums_bwd, "both_sums_bwd", both_bwd),
         Case("softmax_sums", softmax, "softmax_sums", sums, many),
         Case("student_sums", softmax, "student_sums", student, many),
         Case("recursion", recursion._recursion_fwd, "recursion", steps),
@@ -138,7 +142,7 @@ def build(
         constants["STEPS"] = config.steps
     if "DENSE" in names:
         constants["DENSE"] = variant == "aligned" and constants["WIDTH"] == dim
-        gradient_needs = (constants[x] for x in ("WIDTH", "DEGREE", "DENSE"))
+        gradient_needs = (constants.get(x, 0) for x in ("WIDTH", "DEGREE", "DENSE"))
         config = launch.limited(config, DTYPES[dtype], *gradient_needs)
     gradient = "GRADIENT_PRECISION" in names
     if gradient:

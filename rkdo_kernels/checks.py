@@ -41,6 +41,14 @@ def embeddings(queries: Tensor, keys: Tensor) -> None:
         )
 
 
+def as_many(name: str, queries: Tensor, keys: Tensor) -> None:
+    if queries.shape[0] != keys.shape[0]:
+        raise ValueError(
+            f"{name} needs as many keys as queries, got keys {list(keys.shape)} for queries "
+            f"{list(queries.shape)}"
+        )
+
+
 def pairing(queries: Tensor, keys: Tensor, positive_offset: int | None) -> int:
     """The offset from a query's row to its positive's, checked against the shapes."""
     n, m = queries.shape[0], keys.shape[0]
@@ -121,7 +129,9 @@ def bound(value: float | None) -> None:
         raise ValueError(f"bound must be positive and finite, or None, got {value}")
 
 
-def within_bound(queries: Tensor, keys: Tensor, bound: float) -> Tensor | None:
+def within_bound(
+    queries: Tensor, keys: Tensor, bound: float, names: tuple[str, str] = ("queries", "keys")
+) -> Tensor | None:
     """Holds every |S_ij| to `bound`, in O((N + M) D), by the rows' lengths.
 
     On a CPU a row that is too long raises; elsewhere, where reading would wait for the device, the
@@ -135,9 +145,9 @@ def within_bound(queries: Tensor, keys: Tensor, bound: float) -> Tensor | None:
         if bool((product > SLACK * bound).any()):
             row = int(torch.nan_to_num(product, nan=0).argmax())
             raise ValueError(
-                f"queries[{row}] has length {float(queries_norm[row]):.4g} and the longest of keys "
-                f"{float(keys_norm.amax()):.4g}: their product must not pass bound={bound:g}. "
-                "Normalise the rows, or give a larger bound or bound=None"
+                f"{names[0]}[{row}] has length {float(queries_norm[row]):.4g} and the longest of "
+                f"{names[1]} {float(keys_norm.amax()):.4g}: their product must not pass "
+                f"bound={bound:g}. Normalise the rows, or give a larger bound or bound=None"
             )
         return None
     return torch.where(product > SLACK * bound, float("nan"), 1.0)

@@ -140,6 +140,7 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.1,
     exclude_self: bool = False,
+    symmetric: bool = False,
     bound: float | None = 1.0,
     positive_offset: int | None = None,
     reduction: Reduction = "mean",
@@ -147,28 +148,73 @@ def info_nce(
 ) -> Tensor:  # [] or [N], float32 (float64 for float64 inputs), nats
     """InfoNCE (van den Oord et al. 2018):  loss_i = −log softmax(S / τ)_{i, i + positive_offset}.
 
-    CLIP is the mean over both directions. MoCo passes cat(keys, queue) and positive_offset=0.
-    NT-Xent is info_nce(z1, cat(z1, z2)) and info_nce(z2, cat(z2, z1)) with `exclude_self`, which
-    leaves key i out of row i, and positive_offset=N. Other arguments as in `rkdo_loss`.
+    `symmetric`, as CLIP has it, is (info_nce(queries, keys) + info_nce(keys, queries)) / 2 from one
+    pass over S. MoCo passes cat(keys, queue) and positive_offset=0. `exclude_self` leaves key i out
+    of row i; see `nt_xent`. Other arguments as in `rkdo_loss`.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `rkdo_loss`; exclude_self without another positive.
+        ValueError, TypeError, RuntimeError: as `rkdo_loss`; exclude_self without another positive;
+            symmetric with exclude_self, or with more keys than queries.
     """
     temperature, bound = plain(temperature), plain(bound)
     checks.flag("exclude_self", exclude_self)
+    checks.flag("symmetric", symmetric)
     checks.choice("reduction", reduction, REDUCTIONS)
+    if symmetric and exclude_self:
+        raise ValueError("symmetric and exclude_self do not go together: see nt_xent")
     positive_offset = plain(positive_offset)
-    problem = Problem(queries, keys, temperature, bound, positive_offset, backend)
+    problem = Problem(
+        queries, keys, temperature, bound, positive_offset, backend,
+        square="symmetric" if symmetric else "",
+    )  # fmt: skip
+    if symmetric:
+        problem.as_one()
     if exclude_self and problem.offset == 0:
         raise ValueError("exclude_self leaves out the positives too: positive_offset must not be 0")
     if problem.backend == "reference":
         with problem.materialised():
             losses = reference.info_nce(
                 problem.queries, problem.keys, temperature=problem.temperature,
-                exclude_self=exclude_self, positive_offset=problem.offset,
+                exclude_self=exclude_self, symmetric=symmetric, positive_offset=problem.offset,
             )  # fmt: skip
-        return problem.reduce(losses, reduction)
-    losses = rows.one_hot(problem, reduction, exclude=[0] if exclude_self else [])
+    elif symmetric:
+        losses = rows.one_hot_both_ways(problem, reduction)
+    else:
+        losses = rows.one_hot(problem, reduction, exclude=[0] if exclude_self else [])
+    return problem.reduce(losses, reduction)
+
+
+def nt_xent(
+    queries: Tensor,  # [N, D] unit rows: first views
+    keys: Tensor,  # [N, D] unit rows: second views
+    *,
+    temperature: float | Tensor = 0.5,
+    bound: float | None = 1.0,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:  # [] or [2 N], float32 (float64 for float64 inputs), nats
+    """NT-Xent (SimCLR, Chen et al. 2020): InfoNCE of every image among the 2N − 1 others.
+
+        loss_i = −log softmax(S / τ)_{i, i + N},  S = images imagesᵀ without its diagonal
+
+    with images = cat(queries, keys) and i + N modulo 2N: the queries' losses, then the keys'.
+    `bound` is for every pair of images. Other arguments as in `rkdo_loss`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `rkdo_loss`.
+    """
+    temperature, bound = plain(temperature), plain(bound)
+    checks.choice("reduction", reduction, REDUCTIONS)
+    problem = Problem(queries, keys, temperature, bound, None, backend, square="nt_xent")
+    problem.among_themselves()
+    problem.as_one()
+    if problem.backend == "reference":
+        with problem.materialised():
+            losses = reference.nt_xent(
+                problem.queries, problem.keys, temperature=problem.temperature
+            )
+    else:
+        losses = rows.nt_xent(problem, reduction)
     return problem.reduce(losses, reduction)
 
 

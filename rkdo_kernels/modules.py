@@ -32,12 +32,11 @@ class PairLoss(nn.Module):
         offset = plain(settings.get("positive_offset"))
         if offset is not None:
             checks.integer("positive_offset", offset, at_least=0)
-        pair = torch.zeros(1, 1, device="cpu"), torch.zeros(2, 1, device="cpu")
-        trial = {
-            **settings,
-            "positive_offset": 1 if offset is None else min(offset, 1),
-            "backend": "reference",
-        }
+        square = "positive_offset" not in signature.parameters or settings.get("symmetric") is True
+        pair = torch.zeros(1, 1, device="cpu"), torch.zeros(2 - square, 1, device="cpu")
+        trial = {**settings, "backend": "reference"}
+        if not square:
+            trial["positive_offset"] = 1 if offset is None else min(offset, 1)
         if isinstance(settings.get("temperature"), Tensor) and settings["temperature"].is_meta:
             trial["temperature"] = 1.0
         signature.bind(*pair, **trial)
@@ -81,3 +80,9 @@ class InfoNCELoss(PairLoss):
     """`info_nce` with its keyword arguments as settings."""
 
     function = staticmethod(losses.info_nce)
+
+
+class NTXentLoss(PairLoss):
+    """`nt_xent` with its keyword arguments as settings."""
+
+    function = staticmethod(losses.nt_xent)

@@ -106,6 +106,123 @@ def _moments_gradient(ctx, d_moments):
 moments.register_autograd(_moments_gradient, setup_context=_moments_setup)
 
 
+# ---- row and column sums -------------------------------------------------------------------------
+
+
+@custom_op("rkdo_kernels::both_sums", mutates_args=())
+def both_sums(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: float,  # c
+    exclude: Sequence[int],
+    paired: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # [N], [M], [N] or [0]
+    """Σ_j e_ij and Σ_i e_ij with e = exp(c S), but for the diagonals in `exclude`.
+
+    If `paired`, then S on the first of them too, where every row has an entry.
+    """
+    sums = implementation(backend).both_sums(queries, keys, scale, list(exclude))
+    rows, cols = (x.to(row_dtype(queries)) for x in sums)
+    if not paired:
+        return rows, cols, rows.new_empty(0)
+    positives = keys.narrow(0, exclude[0], queries.shape[0])
+    product = queries.to(product_dtype(queries)) * positives
+    return rows, cols, product.sum(1, dtype=rows.dtype)
+
+
+@custom_op("rkdo_kernels::both_sums_backward", mutates_args=())
+def both_sums_backward(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    row_weights: Tensor,  # [N], ∂L/∂rows
+    col_weights: Tensor,  # [M], ∂L/∂cols
+    exclude: Sequence[int],
+    at_positive: Tensor | None,  # [N]
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Through ∂L/∂S_ij = c e_ij (row_weights_i + col_weights_j), but for the diagonals in
+    `exclude`: at_positive on the first, if it is given, and 0."""
+    dtype = product_dtype(queries)
+    weights = ((scale * x).to(dtype) for x in (row_weights, col_weights))
+    if at_positive is not None:
+        at_positive = at_positive.to(dtype)
+    return implementation(backend).both_sums_backward(
+        queries, keys, scale, *weights, list(exclude), at_positive
+    )
+
+
+@both_sums.register_fake
+def _(queries, keys, scale, exclude, paired, backend):
+    rows = queries.new_empty(queries.shape[0], dtype=row_dtype(queries))
+    positive = rows.new_empty(queries.shape[0] if paired else 0)
+    return rows, rows.new_empty(keys.shape[0]), positive
+
+
+@both_sums_backward.register_fake
+def _(queries, keys, scale, row_weights, col_weights, exclude, at_positive, backend):
+    return like_inputs(queries, keys)
+
+
+def _both_sums_setup(ctx, inputs, output):
+    queries, keys, ctx.scale, ctx.exclude, ctx.paired, ctx.backend = inputs
+    ctx.save_for_backward(queries, keys)
+
+
+def _both_sums_gradient(ctx, d_rows, d_cols, d_positive):
+    queries, keys = ctx.saved_tensors
+    d_queries, d_keys = both_sums_backward(
+        queries, keys, ctx.scale, d_rows, d_cols, ctx.exclude, d_positive if ctx.paired else None,
+        ctx.backend,
+    )  # fmt: skip
+    return d_queries, d_keys, None, None, None, None
+
+
+both_sums.register_autograd(_both_sums_gradient, setup_context=_both_sums_setup)
+
+
+@custom_op("rkdo_kernels::self_sums", mutates_args=())
+def self_sums(images: Tensor, scale: float, backend: str) -> Tensor:  # [N, D] -> [N]
+    """Σ_{j≠i} exp(c S_ij), S = images imagesᵀ."""
+    return implementation(backend).self_sums(images, scale).to(row_dtype(images))
+
+
+@custom_op("rkdo_kernels::self_sums_backward", mutates_args=())
+def self_sums_backward(
+    images: Tensor,
+    scale: float,
+    weights: Tensor,  # [N]
+    backend: str,
+) -> Tensor:
+    """G images, G_ij = c exp(c S_ij) (weights_i + weights_j): S_ij and S_ji are one number."""
+    weights = (scale * weights).to(product_dtype(images))
+    return implementation(backend).self_sums_backward(images, scale, weights)
+
+
+@self_sums.register_fake
+def _(images, scale, backend):
+    return images.new_empty(images.shape[0], dtype=row_dtype(images))
+
+
+@self_sums_backward.register_fake
+def _(images, scale, weights, backend):
+    return images.new_empty(images.shape)
+
+
+def _self_sums_setup(ctx, inputs, output):
+    images, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(images)
+
+
+def _self_sums_gradient(ctx, d_sums):
+    (images,) = ctx.saved_tensors
+    return self_sums_backward(images, ctx.scale, d_sums, ctx.backend), None, None
+
+
+self_sums.register_autograd(_self_sums_gradient, setup_context=_self_sums_setup)
+
+
 # ---- the recursion, on moments -------------------------------------------------------------------
 
 
@@ -356,6 +473,6 @@ def like_inputs(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
 
-for operator in (moments, recursion_moments, softmax_sums, recursion):
+for operator in (moments, both_sums, self_sums, recursion_moments, softmax_sums, recursion):
     for device_type in ("cpu", "cuda"):
         operator.register_autocast(device_type, torch.float32)

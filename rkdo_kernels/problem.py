@@ -22,6 +22,7 @@ class Problem:
         positive_offset: int | None,
         backend: str,
         paired: bool = True,
+        square: str = "",  # what it is that needs as many keys as queries
     ) -> None:
         checks.choice("backend", backend, ("auto", "triton", "tiled", "reference"))
         checks.temperature(temperature)
@@ -29,6 +30,8 @@ class Problem:
         self.queries, self.keys = out_of_autocast(queries, keys)
         checks.embeddings(self.queries, self.keys)
         checks.no_forward_mode(self.queries, self.keys, temperature)
+        if square:
+            checks.as_many(square, queries, keys)
         self.offset = checks.pairing(queries, keys, positive_offset) if paired else 0
         self.backend = launch.backend_for(backend, self.queries)
         self.validity = (
@@ -61,6 +64,23 @@ class Problem:
         if isinstance(self.temperature, Tensor):
             return 1 / self.temperature.to(dtype)
         return torch.full((), 1 / self.temperature, dtype=dtype, device=self.queries.device)
+
+    def mirrored(self) -> Problem:
+        return Problem(self.keys, self.queries, self.temperature, self.bound, None, self.backend)
+
+    def among_themselves(self) -> None:
+        """Queries meet queries and keys meet keys: these products are held to the bound too."""
+        if self.bound is None:
+            return
+        for name, x in (("queries", self.queries), ("keys", self.keys)):
+            validity = checks.within_bound(x, x, self.bound, (name, name))
+            if validity is not None and self.validity is not None:
+                self.validity = self.validity * validity
+
+    def as_one(self) -> None:
+        """Every row's loss depends on every other: where one is not valid none is."""
+        if self.validity is not None:
+            self.validity = self.validity.mean()
 
     def positive_similarities(self) -> Tensor:  # [N]
         return row_dot(self.queries, self.positives())

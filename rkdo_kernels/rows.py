@@ -37,15 +37,52 @@ def rkdo_from_moments(
 
 def one_hot(problem: Problem, reduction: str, exclude: Sequence[int] = ()) -> Tensor:  # [N]
     """−log q at the positive, q = softmax(S / τ) off the diagonals in `exclude`."""
-    temperature, bound = problem.temperature, problem.bound
-    if isinstance(temperature, Tensor) or not launch.odds_are_safe(
-        temperature, bound, problem.queries.dtype
-    ):
+    if not odds_are_safe(problem):
         others = logsumexp(problem, [problem.offset, *exclude])
         logit = problem.inverse_temperature() * problem.positive_similarities()
         return torch.logaddexp(others - logit, torch.zeros_like(logit))
-    scales = [1 / temperature] * 2
+    scales = [1 / problem.temperature] * 2
     return rkdo_from_moments(problem, 0, scales, 0.0, False, reduction, exclude)
+
+
+def odds_are_safe(problem: Problem) -> bool:
+    temperature = problem.temperature
+    return not isinstance(temperature, Tensor) and launch.odds_are_safe(
+        temperature, problem.bound, problem.queries.dtype
+    )
+
+
+def one_hot_both_ways(problem: Problem, reduction: str) -> Tensor:  # [N]
+    """The mean of `one_hot` and of the same with queries and keys swapped."""
+    if not odds_are_safe(problem):
+        return (one_hot(problem, reduction) + one_hot(problem.mirrored(), reduction)) / 2
+    rows, cols, inverse = _sums_and_positives(problem)
+    return (torch.log1p(rows * inverse) + torch.log1p(cols * inverse)) / 2
+
+
+def nt_xent(problem: Problem, reduction: str) -> Tensor:  # [2 N]
+    """−log q at the other view, q = softmax(S / τ) over all images but the row's own."""
+    if not odds_are_safe(problem):
+        n = len(problem.queries)
+        problems = (
+            Problem(x.queries, torch.cat([x.queries, x.keys]), x.temperature, x.bound, n, x.backend)
+            for x in (problem, problem.mirrored())
+        )
+        return torch.cat([one_hot(x, reduction, exclude=[0]) for x in problems])
+    rows, cols, inverse = _sums_and_positives(problem)
+    scale, backend = 1 / problem.temperature, problem.backend
+    rows = rows + ops.self_sums(problem.queries, scale, backend)
+    cols = cols + ops.self_sums(problem.keys, scale, backend)
+    return torch.log1p(torch.cat([rows * inverse, cols * inverse]))
+
+
+def _sums_and_positives(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:  # [N] each
+    """Of exp(S / τ) off the positives by row and by column, and exp(−S / τ) at the positives."""
+    scale = 1 / problem.temperature
+    rows, cols, positive = ops.both_sums(
+        problem.queries, problem.keys, scale, [0], True, problem.backend
+    )
+    return rows, cols, torch.exp(-scale * positive)
 
 
 def rkdo_direct(

@@ -64,6 +64,76 @@ def moments_backward(
     return gradients.result()
 
 
+def both_sums(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: float,  # c
+    exclude: list[int],
+) -> tuple[Tensor, Tensor]:  # [N], [M]
+    """Σ_j exp(c S_ij) and Σ_i exp(c S_ij)."""
+    queries, keys = compute(queries), compute(keys)
+    rows = queries.new_zeros(len(queries), dtype=sums(queries))
+    cols = rows.new_zeros(len(keys))
+    for tile in tiles(queries, keys, buffers=1):
+        e = tile.similarity(scale).exp_()
+        tile.fill(e, exclude, 0)
+        rows[tile.rows] += e.sum(1)
+        cols[tile.cols] += e.sum(0)
+    return rows, cols
+
+
+def both_sums_backward(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    scale: float,
+    row_weights: Tensor,  # [N]
+    col_weights: Tensor,  # [M]
+    exclude: list[int],
+    at_positive: Tensor | None,  # [N], ∂L/∂S on the diagonal exclude[0], else 0
+) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
+    """The gradients through S of  ∂L/∂S_ij = exp(c S_ij) (row_weights_i + col_weights_j)."""
+    gradients = Gradients(queries, keys)
+    for tile in tiles(gradients.queries, gradients.keys, buffers=2):
+        gradients.add(tile, pair_weights(tile, scale, row_weights, col_weights, exclude))
+    if at_positive is not None:
+        gradients.add_pairs(at_positive, exclude[0])
+    return gradients.result()
+
+
+def self_sums(images: Tensor, scale: float) -> Tensor:  # [N, D] -> [N]
+    """Σ_j exp(c S_ij) off the diagonal of S = images imagesᵀ, from its upper half."""
+    x = compute(images)
+    result = x.new_zeros(len(x), dtype=sums(x))
+    for tile in tiles(x, x, buffers=1, upper=True):
+        e = tile.similarity(scale).exp_()
+        tile.fill(e, [0], 0)
+        result[tile.rows] += e.sum(1)
+        after = max(tile.rows.stop - tile.cols.start, 0)  # from there on stand mirror images too
+        result[tile.cols][after:] += e[:, after:].sum(0)
+    return result
+
+
+def self_sums_backward(images: Tensor, scale: float, weights: Tensor) -> Tensor:  # [N, D]
+    """G images with the G of `both_sums_backward`."""
+    x = compute(images)
+    result = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for tile in tiles(x, x, buffers=2, upper=True):
+        g = pair_weights(tile, scale, weights, weights, [0])
+        result[tile.rows].addmm_(g, tile.keys)
+        after = max(tile.rows.stop - tile.cols.start, 0)
+        result[tile.cols][after:].addmm_(g[:, after:].T, tile.queries)
+    return result.to(images.dtype)
+
+
+def pair_weights(
+    tile: Tile, scale: float, row_weights: Tensor, col_weights: Tensor, exclude: list[int]
+) -> Tensor:
+    e, g = tile.similarity(scale).exp_(), tile.buffers[1]
+    torch.add(row_weights[tile.rows, None], col_weights[tile.cols], out=g).mul_(e)
+    tile.fill(g, exclude, 0)
+    return g
+
+
 def softmax_sums(
     queries: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]

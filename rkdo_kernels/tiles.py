@@ -36,14 +36,15 @@ class Tile:
         return matrix.diagonal(offset + self.rows.start - self.cols.start)
 
 
-def tiles(queries: Tensor, keys: Tensor, buffers: int) -> Iterator[Tile]:
+def tiles(queries: Tensor, keys: Tensor, buffers: int, upper: bool = False) -> Iterator[Tile]:
+    """All of S; or if `upper`, every block of rows from its own columns on."""
     n, m = len(queries), len(keys)
     n_cols = min(m, TILE_COLS)
     n_rows = max(1, TILE_BYTES // (buffers * n_cols * queries.element_size()))
     n_rows = min(n_rows, n if n <= TILE_ROWS else (n + 1) // 2)
     memory = queries.new_empty(buffers, n_rows * n_cols)
     for row in range(0, n, n_rows):
-        for col in range(0, m, n_cols):
+        for col in range(row if upper else 0, m, n_cols):
             rows, cols = slice(row, min(row + n_rows, n)), slice(col, min(col + n_cols, m))
             yield Tile(queries, keys, rows, cols, memory)
 

@@ -93,11 +93,18 @@ def calls(n, m, d, dtype):
         gradient = (*x, scale, 1.5, rows(n, 3), exclude, rows(n) if exclude else None)
         yield "moments_backward", gradient
         yield "moments_backward in parts", gradient
+        yield "both_sums", (*x, 2.0, exclude)
+        yield "both_sums in parts", (*x, 2.0, exclude)
+        sums = (*x, 2.0, rows(n), rows(m), exclude, rows(n) if exclude else None)
+        yield "both_sums_backward", sums
+        yield "both_sums_backward in parts", sums
         yield "softmax_sums", (*x, scales, False, exclude)
         yield (
             "softmax_sums_backward",
             (*x, scales, False, exclude, rows(n), rows(n, 3), rows(n)),
         )
+    yield "self_sums", (x[0], 2.0)
+    yield "self_sums_backward", (x[0], 2.0, rows(n))
     yield "softmax_sums", (*x, scales, True, [])
     yield "softmax_sums_backward", (*x, scales, True, [], -rows(n), rows(n, 3), rows(n))
     for detach in (False, True):
@@ -153,7 +160,7 @@ def run_far():
             print(name, dtype, flush=True)
             function = launcher(name)
             wanted = results(function(*arguments))
-            for operand in (0, 1):
+            for operand in (0, 1) if isinstance(arguments[1], torch.Tensor) else (0,):
                 address = memory(size)
                 far = as_tensor(address, size, dtype).as_strided((n, d), (stride, 1))
                 far.copy_(arguments[operand])

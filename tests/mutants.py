@@ -42,6 +42,7 @@ FILES = {  # the tests that a file's mutants have to pass, quickest first
         "tests/test_ops.py::test_moments",
         *KERNELS[-1:],
     ],
+    "symmetric": ["tests/test_symmetric.py", "tests/test_bounds.py"],
     "softmax_sums": [*KERNELS[1:2], *KERNELS[4:]],
     "recursion": [*KERNELS[3:4], *KERNELS[5:]],
     "gradient_loop": [*KERNELS[1:2], *KERNELS[3:]],
@@ -52,7 +53,8 @@ FILES = {  # the tests that a file's mutants have to pass, quickest first
     "ratios": ["tests/test_losses.py::test_rkdo_settings", "tests/test_losses.py::test_golden"],
 }
 TRITON = (
-    "moments", "moments_gradient", "softmax_sums", "recursion", "gradient_loop", "primitives",
+    "moments", "moments_gradient", "symmetric", "softmax_sums", "recursion", "gradient_loop",
+    "primitives",
 )  # fmt: skip
 OPERATORS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Lt: "<=", ast.LtE: "<",

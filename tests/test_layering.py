@@ -35,7 +35,8 @@ ARROWS = {
     "gradient_loop": {"primitives"},
     "softmax_sums": {"launch", "primitives", "gradient_loop"},
     "recursion": {"launch", "primitives", "gradient_loop"},
-    "kernels": {"moments", "moments_gradient", "softmax_sums", "recursion"},
+    "symmetric": {"launch", "primitives", "moments", "moments_gradient"},
+    "kernels": {"moments", "moments_gradient", "symmetric", "softmax_sums", "recursion"},
     # operators choose between kernels and tiles
     "ops": {"chebyshev", "kernels", "once", "tiled", "ratios"},
     "field_ops": {"field_tiles", "ops"},
@@ -49,7 +50,8 @@ ARROWS = {
 PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rkdo_kernels
 # Modules that need Triton to be imported.
 TRITON = {
-    "primitives", "gradient_loop", "recursion_rows", "moments", "moments_gradient", "softmax_sums", "recursion",
+    "primitives", "gradient_loop", "recursion_rows", "moments", "moments_gradient", "symmetric",
+    "softmax_sums", "recursion",
 }  # fmt: skip
 KERNELS = sorted(Path(rkdo_kernels.__file__).parent.glob("*.py"))
 TRAINER = sorted(Path(rkdo.__file__).parent.glob("*.py"))
