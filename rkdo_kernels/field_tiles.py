@@ -94,7 +94,7 @@ def snapshot_pass(
     weights: Tensor,  # [R, K] float32 or float64, w_s; 0 where a row has no visit s
     scales: Tensor,  # [R, K], c_s of each row's visits
     visits: Tensor,  # [B] int64, of each column: it counts in q^(s) if it has more than s
-    prior: Tensor,  # [R, L], entries of p⁰ times its weight; Σ_s w_s + Σ_l prior_l is 1, or 0
+    prior: Tensor,  # [R, L], p⁰'s entries times its weight; with Σ_s w_s they add up to 1 or 0
     prior_cols: Tensor | None,  # [R, L] int64, the columns of those entries
     row_labels: Tensor | None,  # [R] int64, and of the columns:
     col_labels: Tensor | None,  # [B] int64; p⁰ times its weight is prior_i0 where they agree
@@ -167,9 +167,8 @@ class Run:
         size = self.queries.element_size()
         self.rows = max(1, min(n, max(LEAST_ROWS, BLOCK_BYTES // (m * size))))
         self.memory = self.queries.new_empty(3, self.rows * m)
-        self.noise: Tensor | None = None
-        if field == torch.bfloat16:
-            self.noise = self.queries.new_empty(self.rows * m, dtype=torch.int32)
+        entries = self.rows * m if field == torch.bfloat16 else 0
+        self.noise = self.queries.new_empty(entries, dtype=torch.int32)
         self.flat = self.is_flat()
 
     def is_flat(self) -> bool:
@@ -196,21 +195,19 @@ class Block:
         self.rows, self.queries, self.flat = rows, run.queries[rows], run.flat
         n, m = len(self.queries), len(run.keys)
         self.q, self.p, self.work = run.memory[:, : n * m].view(3, n, m).unbind()
-        self.noise = None if run.noise is None else run.noise[: n * m].view(n, m)
+        self.noise = run.noise[: n * m].view(-1, m)
 
     def logits(self, keys: Tensor, scale: float) -> None:
         x = self.q
         torch.addmm(x[:1], self.queries, keys.T, beta=0, alpha=scale, out=x)
 
-    def softmax(self) -> Tensor:  # [rows, 1] float64
-        """Turns logits into q, and returns what q adds up to but for rounding."""
+    def softmax(self) -> None:
+        """Turns logits into q."""
         x = self.q
         if not self.flat:
             x.sub_(x.amax(1, keepdim=True))
-        total = x.exp_().sum(1, keepdim=True)
-        inverse = 1 / total
-        x.mul_(inverse)
-        return total.to(sums(x)) * inverse
+        x.exp_()
+        x.div_(x.sum(1, keepdim=True))
 
     def divergence(self, p: Tensor, mass: Tensor, excess: Tensor) -> Tensor:  # [rows] float64
         """KL(p ‖ q) by row, with q in the logits' place; p adds up to `excess`, about 1.
@@ -220,7 +217,7 @@ class Block:
         """
         w, tiny = self.work, torch.finfo(p.dtype).tiny
         if self.flat:
-            sum_q = self.softmax()
+            self.softmax()
             torch.div(p, self.q, out=w).clamp_min_(tiny).log_()
         else:
             log_q = self.q
@@ -228,10 +225,8 @@ class Block:
             log_q.sub_(torch.exp(log_q, out=w).sum(1, keepdim=True).log_())
             torch.clamp(p, min=tiny, out=w).log_().sub_(log_q)
             log_q.exp_()
-            sum_q = torch.ones_like(excess)
         kl = w.mul_(p).sum(1, keepdim=True).to(excess.dtype)
-        kl = kl / excess - torch.log(excess / sum_q)
-        return torch.where(mass > 0, kl, 0 * sum_q * w.sum(1, keepdim=True))[:, 0]
+        return torch.where(mass > 0, kl / excess - torch.log(excess), 0 * kl)[:, 0]
 
     def add_gradient(
         self, run: Run, p: Tensor, mass: Tensor, weights: Tensor | None = None
@@ -290,9 +285,9 @@ class Stored:
         at_own = self.diagonal[self.rows, None].to(sums(p))
         mass = p.sum(1, keepdim=True).to(at_own.dtype) + at_own
         mass = torch.where(mass >= torch.finfo(p.dtype).tiny, mass, 0)
-        inverse = torch.where(mass > 0, 1 / mass, 0).to(p.dtype)
-        p.scatter_(1, self.own, at_own.to(p.dtype)).mul_(inverse)
-        return p, mass, torch.where(mass > 0, mass * inverse, 1)
+        divisor = torch.where(mass > 0, mass, torch.inf).to(p.dtype)
+        p.scatter_(1, self.own, at_own.to(p.dtype)).div_(divisor)
+        return p, mass, torch.where(mass > 0, mass / divisor, 1)
 
     def update(
         self,
@@ -308,7 +303,7 @@ class Stored:
         target = torch.maximum(mass + (1 - before), mass / 2)
         new = torch.lerp(block.p, block.q, alpha.to(block.p.dtype), out=block.work)
         new.mul_(target.to(new.dtype)).scatter_(1, self.own, 0)
-        self.round(new, block.noise, clock)
+        round_to(new, self.matrix.dtype, self.rows, self.cols, clock, block.noise)
         others = new.sum(1, keepdim=True).to(target.dtype)
         at_own = (target - others).clamp_min_(0).to(self.diagonal.dtype)
         after = before + (others + at_own - mass)
@@ -320,18 +315,34 @@ class Stored:
         self.diagonal[self.rows] = at_own[:, 0]
         row_sum[self.rows] = after[:, 0]
 
-    def round(self, x: Tensor, noise: Tensor | None, clock: Tensor) -> None:
-        """To numbers that the matrix's dtype has; to bfloat16 up as often as x is above."""
-        if noise is not None:
-            single = x.float()  # x itself, unless it is float64
-            r, s = noise_keys(self.rows, clock, 0), noise_keys(self.cols, clock, 1)
-            torch.mul(r[:, None] | 1, s, out=noise)
-            noise.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-            single.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
-            if single is not x:
-                x.copy_(single)
-        elif x.dtype != self.matrix.dtype:
-            x.copy_(x.to(self.matrix.dtype))
+
+def round_to(
+    x: Tensor,  # [R, B], changed in place
+    dtype: torch.dtype,
+    rows: Tensor,  # [R] int64
+    cols: Tensor,  # [B] int64
+    clock: Tensor,  # [2]
+    noise: Tensor,  # [R, B] int32, to work in
+) -> None:
+    """To numbers that `dtype` has; to bfloat16 upwards as often as x is above the lower one."""
+    if dtype == torch.bfloat16:
+        single = x.float()  # x itself, unless it is float64
+        r, s = noise_keys(rows, clock, 0), noise_keys(cols, clock, 1)
+        torch.mul(r[:, None] | 1, s, out=noise)
+        noise.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+        single.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
+        x.copy_(single)
+    elif x.dtype != dtype:
+        x.copy_(x.to(dtype))
+
+
+def store(matrix: Tensor, p: Tensor, start: int, clock: Tensor) -> Tensor:  # [r, n] -> [r, 1]
+    """Rounds rows into the matrix, and returns what they add up to there."""
+    rows = torch.arange(start, start + len(p), device=p.device)
+    cols = torch.arange(p.shape[1], device=p.device)
+    round_to(p, matrix.dtype, rows, cols, clock, torch.empty_like(p, dtype=torch.int32))
+    matrix[start : start + len(p)] = p
+    return p.sum(1, keepdim=True)
 
 
 def noise_keys(ids: Tensor, clock: Tensor, side: int) -> Tensor:  # [N] int64 -> [N] int32
@@ -394,5 +405,5 @@ class Past:
         else:
             p.scatter_add_(1, self.prior_cols[rows], prior)
         mass = (self.weights[rows].sum(1, keepdim=True) + prior.sum(1, keepdim=True)) > 0
-        excess = p.sum(1, keepdim=True).to(sums(p))
+        excess = p.sum(1, keepdim=True, dtype=sums(p))
         return p, mass.to(excess.dtype), torch.where(mass, excess, 1)

@@ -69,34 +69,13 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.1,
     exclude_self: bool = False,
-    symmetric: bool = False,
     positive_offset: int = 0,
 ) -> Tensor:  # [N]
-    """InfoNCE: −log softmax(S / τ) at the positive; `exclude_self` leaves key i out of row i.
-
-    `symmetric` is the mean of that and of the same with queries and keys swapped.
-    """
+    """InfoNCE: −log softmax(S / τ) at the positive; `exclude_self` leaves key i out of row i."""
     logits = queries @ keys.T / temperature
     if exclude_self:
         logits = logits.masked_fill(diagonal_mask(logits, 0), float("-inf"))
-    losses = -torch.log_softmax(logits, dim=1).diagonal(positive_offset)[: len(queries)]
-    if symmetric:
-        losses = (losses - torch.log_softmax(logits, dim=0).diagonal()) / 2
-    return losses
-
-
-def nt_xent(
-    queries: Tensor,  # [N, D]
-    keys: Tensor,  # [N, D]
-    *,
-    temperature: float | Tensor = 0.5,
-) -> Tensor:  # [2 N], the queries' losses, then the keys'
-    """NT-Xent: InfoNCE of each of the 2N images among the others, its positive the other view."""
-    images = torch.cat([queries, keys])
-    logits = images @ images.T / temperature
-    log_q = torch.log_softmax(logits.masked_fill(diagonal_mask(logits, 0), float("-inf")), dim=1)
-    n = len(queries)
-    return -torch.cat([log_q.diagonal(n), log_q.diagonal(-n)])
+    return -torch.log_softmax(logits, dim=1).diagonal(positive_offset)[: len(queries)]
 
 
 def similarity_logsumexp(
@@ -128,6 +107,59 @@ def similarity_moments(
     if exclude_self:
         weight = weight.masked_fill(diagonal_mask(weight, 0), 0)
     return torch.stack([(weight * (similarity / bound) ** k).sum(1) for k in range(degree + 1)], 1)
+
+
+def field_loss(
+    block: Tensor,  # [B, B], P[I, I] of the field over all samples
+    queries: Tensor,  # [B, D], of the samples I
+    keys: Tensor,  # [B, D]
+    *,
+    temperature: float,
+) -> Tensor:  # [B]
+    """KL(p̂ ‖ q), p̂ = P[I, I] / m without gradient, q = softmax(S / τ); 0 for a row without mass."""
+    mass = block.sum(1, keepdim=True)
+    target = torch.where(mass > 0, block / mass, 0).detach()
+    return kl_divergence(target, torch.log_softmax(queries @ keys.T / temperature, dim=1))
+
+
+def field_update(
+    block: Tensor,  # [B, B], P[I, I]
+    queries: Tensor,  # [B, D]
+    keys: Tensor,  # [B, D]
+    *,
+    alpha: float,
+    temperature: float,
+) -> Tensor:  # [B, B]
+    """P[I, I] ← (1 − α) P[I, I] + α m q,  m_i = Σ_{k in I} P_ik (Martin 2025, eq. 3)."""
+    q = torch.softmax(queries @ keys.T / temperature, dim=1)
+    return (1 - alpha) * block + alpha * block.sum(1, keepdim=True) * q
+
+
+def snapshot_target(
+    past_queries: Tensor,  # [K, B, D], of each sample's last visits, the latest first
+    past_keys: Tensor,  # [K, B, D]
+    alphas: Tensor,  # [K, B], of each visit
+    temperatures: Tensor,  # [K, B]
+    visits: Tensor,  # [B], how many of the K a sample has
+    initial: Tensor,  # [B, B], p⁰
+) -> Tensor:  # [B, B]
+    """p_i = Σ_s α_s Π_{r<s} (1 − α_r) q_i^(s) + Π_s (1 − α_s) p_i⁰ over a sample's visits s.
+
+    q^(s) is over the columns with more than s visits, p⁰ over those of the batch; a p⁰ without mass
+    there has no weight.
+    """
+    p, rest = torch.zeros_like(initial), torch.ones_like(initial[:, :1])
+    for s in range(len(past_queries)):
+        counted = visits > s
+        logits = past_queries[s] @ past_keys[s].T / temperatures[s, :, None]
+        q = torch.softmax(logits.masked_fill(~counted, float("-inf")), dim=1)
+        share = torch.where(counted, alphas[s], 0)[:, None]
+        p = p + torch.where(counted[:, None], rest * share * q, 0)
+        rest = rest * (1 - share)
+    mass = initial.sum(1, keepdim=True)
+    p = p + torch.where(mass > 0, rest * initial / mass, 0)
+    mass = p.sum(1, keepdim=True)
+    return torch.where(mass > 0, p / mass, 0)
 
 
 def kl_divergence(p: Tensor, log_q: Tensor) -> Tensor:

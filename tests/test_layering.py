@@ -40,12 +40,20 @@ ARROWS = {
     # operators choose between kernels and tiles
     "ops": {"chebyshev", "kernels", "once", "tiled", "ratios"},
     "field_ops": {"field_tiles", "ops"},
+    # the response field: p⁰, its two kinds of state, a batch of it, the class
+    "initial": {"checks"},
+    "batch": {"checks", "distributed", "launch", "once", "ops", "problem"},
+    "dense_field": {"batch", "field_ops", "field_tiles", "initial", "once"},
+    "snapshot_field": {"batch", "field_ops", "initial", "once"},
+    "response": {
+        "batch", "checks", "constants", "dense_field", "initial", "losses", "ops", "snapshot_field",
+    },
     # losses: arguments, rows, public functions, modules
     "problem": {"checks", "launch", "ops", "small"},
     "rows": {"problem", "launch", "once", "one_pass", "ops", "small"},
     "losses": {"checks", "constants", "launch", "ops", "reference", "rows", "problem"},
     "modules": {"checks", "constants", "losses"},
-    "__init__": {"losses", "modules"},
+    "__init__": {"losses", "modules", "response"},
 }
 PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rkdo_kernels
 # Modules that need Triton to be imported.

@@ -1,0 +1,150 @@
+"""The response field as a matrix: what it holds, and what becomes of it with a batch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import field_ops, field_tiles
+from .batch import Batch
+from .initial import Initial
+from .once import once
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+FILLED_AT_ONCE = 1 << 22  # entries
+
+
+class DenseField:
+    """P, n × n: its entries off the diagonal, the diagonal, and what its rows add up to."""
+
+    kind = "dense"
+
+    def __init__(
+        self,
+        n: int,
+        held: tuple[int, int],  # the rows that this rank holds
+        dtype: torch.dtype,
+        initial: Initial,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        size = held[1] - held[0]
+        fits(size, n, dtype, device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        matrix = torch.zeros(size, n, dtype=dtype, device=device)
+        diagonal = torch.ones(size, dtype=wide, device=device)
+        row_sum = torch.ones(size, dtype=field_ops.row_dtype(matrix), device=device)
+        clock = torch.tensor([seed, 0], device=device)
+        self.tensors = {
+            "matrix": matrix, "diagonal": diagonal, "row_sum": row_sum, "clock": clock,
+        }  # fmt: skip
+        if initial.tensors and device.type != "meta":
+            self.fill(initial, held[0], n)
+
+    def fill(self, initial: Initial, first: int, n: int) -> None:
+        matrix, diagonal, row_sum, clock = self.tensors.values()
+        step = max(1, FILLED_AT_ONCE // n)
+        for start in range(0, len(matrix), step):
+            stop = min(start + step, len(matrix))
+            p = initial.rows(first + start, first + stop, n, matrix.device)
+            own = p.diagonal(first + start).clone()
+            p.diagonal(first + start).fill_(0)
+            others = field_tiles.store(matrix, p, start, clock)[:, 0]
+            # A row without itself has no mass there, whatever the rounding has left.
+            own = torch.where(own > 0, (1 - others).clamp_min(0), 0).to(diagonal.dtype)
+            diagonal[start:stop] = own
+            row_sum[start:stop] = others + own
+
+    def evaluate(
+        self, batch: Batch, alpha: Tensor | None, gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:  # [R], [R, D], [B, D]
+        """The rows' losses and, as `gradient` says, that of their sum; with alpha, an update."""
+        matrix, diagonal, row_sum, clock = self.tensors.values()
+        place = *batch.rows_and_cols(), batch.scale
+        if alpha is None:
+            return field_ops.dense_loss(
+                *batch.detached, matrix, diagonal, row_sum, *place, clock, gradient, batch.backend
+            )
+        result = field_ops.dense_step(
+            *batch.detached, matrix, diagonal, row_sum, *place, alpha, clock, gradient,
+            batch.backend,
+        )  # fmt: skip
+        clock[1].add_(1)
+        return result
+
+    def losses(self, batch: Batch, alpha: Tensor | None) -> Tensor:  # [R]
+        """For autograd, whatever the rows' weights: P is read again in the backward pass."""
+        matrix, diagonal = self.tensors["matrix"], self.tensors["diagonal"]
+        place = batch.rows_and_cols()
+        if alpha is not None:  # P will be gone
+            matrix, diagonal = self.entries(batch), diagonal[batch.rows]
+            place = None, None, batch.own, 0
+        loss, _, _ = self.evaluate(batch, alpha, False)
+        return Rows.apply(
+            batch.queries, batch.keys, loss, matrix, diagonal, *place, batch.scale, batch.backend
+        )
+
+    def entries(self, batch: Batch) -> Tensor:  # [R, B], without the diagonal's
+        return self.tensors["matrix"][batch.rows[:, None], batch.index]
+
+    def block(self, batch: Batch) -> Tensor:  # [R, B], p̂
+        diagonal = self.tensors["diagonal"][batch.rows, None]
+        p = self.entries(batch).to(diagonal.dtype).scatter_(1, batch.own[:, None], diagonal)
+        mass = p.sum(1, keepdim=True)
+        return torch.where(mass > 0, p / mass, 0)
+
+    def rows(self, batch: Batch) -> Tensor:  # [R, n]
+        diagonal = self.tensors["diagonal"][batch.rows, None]
+        p = self.tensors["matrix"][batch.rows].to(diagonal.dtype)
+        return p.scatter_(1, batch.index[batch.own, None], diagonal)
+
+
+class Rows(torch.autograd.Function):
+    """The rows' losses, with a gradient that is formed when their weights are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,  # [R, D]
+        keys: Tensor,  # [B, D]
+        loss: Tensor,  # [R]
+        matrix: Tensor,  # saved as it is: autograd refuses one that an update has changed
+        diagonal: Tensor,
+        rows: Tensor | None,
+        cols: Tensor | None,
+        own: Tensor | None,
+        start: int,
+        scale: Tensor,
+        backend: str,
+    ) -> Tensor:
+        ctx.start, ctx.backend = start, backend
+        ctx.save_for_backward(queries, keys, matrix, diagonal, rows, cols, own, scale)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> Any:  # type: ignore[override]
+        queries, keys, *field, scale = ctx.saved_tensors
+        gradients = field_ops.dense_gradient(
+            queries.detach(), keys.detach(), *field, ctx.start, scale, d_loss.detach(), ctx.backend
+        )
+        d_queries, d_keys = (once(g, queries, keys, d_loss) for g in gradients)
+        return d_queries.to(queries.dtype), d_keys.to(keys.dtype), *[None] * 9
+
+
+def fits(rows: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises a MemoryError for a matrix that the device cannot have."""
+    if device.type == "cuda":
+        most = torch.cuda.mem_get_info(device)[1]
+    elif device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    size = rows * n * dtype.itemsize
+    if size > most:
+        raise MemoryError(
+            f"a dense field of {n} samples has {size / 1e9:.4g} GB in {str(dtype)[6:]}, {device} "
+            f"{most / 1e9:.4g} GB: ResponseField.snapshot needs no n × n matrix"
+        )

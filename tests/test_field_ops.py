@@ -1,0 +1,293 @@
+"""The field's loss, gradient and update against whole matrices: the yardstick, on every backend."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from accuracy import DEVICE, DTYPES, assert_as_accurate, compare, sample_views
+
+from rkdo_kernels import ResponseField, field_tiles, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+BACKENDS = ("tiled", "triton") if find_spec("rkdo_kernels.field") else ("tiled",)
+F32, BF16, F16 = DTYPES
+STORED = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    if request.param == "many blocks":
+        monkeypatch.setattr(field_tiles, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(field_tiles, "LEAST_ROWS", 3)
+
+
+def samples(n, count, *, contiguous, seed=0):
+    if contiguous:
+        return torch.arange(n - count, n, device=DEVICE)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[:count].to(DEVICE)
+
+
+def neighbours(n, *, without_mass=(), seed=0):
+    """Random rows over the samples, far from uniform; those in `without_mass` have one other."""
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.rand(n, n, generator=generator, dtype=torch.float64) ** 6
+    p[torch.rand(n, n, generator=generator) < 0.2] = 0
+    p.diagonal().add_(0.1)
+    for i in without_mass:
+        p[i] = 0
+        p[i, (i + 1) % n] = 1
+    return p
+
+
+def random_field(n, dtype, **options):
+    p = neighbours(n, **options)
+    return ResponseField.dense(n, dtype=dtype, initial=p.to_sparse_csr(), device=DEVICE)
+
+
+def block_of(field, index):
+    """P[I, I], as it is stored."""
+    return field.rows(index)[:, index].double()
+
+
+def wide(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def hold(field_loss, block, views, temperature=0.5, scale=1.0):
+    """Holds the losses, their sum and their mean to the yardstick, with their gradients."""
+    for reduction in ("none", "sum", "mean"):
+
+        def eager(queries, keys, reduction=reduction):
+            p = block(wide(queries)) if callable(block) else block.to(wide(queries))
+            rows = reference.field_loss(p, queries, keys, temperature=temperature)
+            return rows if reduction == "none" else getattr(rows, reduction)()
+
+        assert_as_accurate(
+            lambda r=reduction, **x: field_loss(**x, reduction=r), eager, views, scale / temperature
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "gathered"])
+@pytest.mark.parametrize(
+    ("n", "count", "d", "dtype", "aligned"),
+    [(1, 1, 1, F32, False), (5, 3, 31, F32, True), (70, 64, 64, F32, True), (50, 33, 16, BF16, 0),
+     (50, 33, 16, F16, True), (90, 70, 40, F32, False)],
+)  # fmt: skip
+def test_dense_is_as_accurate_as_eager(
+    n, count, d, dtype, aligned, contiguous, stored, backend, blocks
+):
+    if backend == "triton" and stored == torch.float64:
+        pytest.skip("the kernels have no float64")
+    field = random_field(n, stored)
+    index = samples(n, count, contiguous=contiguous)
+    views = sample_views(count, d, dtype, aligned=aligned)
+    before = field.state_dict()
+    hold(
+        lambda **x: field.loss(**x, index=index, backend=backend),
+        block_of(field, index),
+        views,
+    )
+    same_bytes(before, field.state_dict())
+
+
+def same_bytes(one, other):
+    assert set(one) == set(other)
+    for name, x in one.items():
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, other[name]), name
+        else:
+            assert x == other[name]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.5, 0.05, 0.01])
+@pytest.mark.parametrize("length", [1.0, 4.0])
+def test_dense_at_any_temperature(length, temperature, backend):
+    """Logits that exponentials bear as they are, and far larger ones."""
+    index = samples(40, 33, contiguous=False)
+    field = random_field(40, torch.float32, without_mass=index[3:5].tolist())
+    views = sample_views(33, 24, aligned=True, length=length)
+    hold(
+        lambda **x: field.loss(**x, index=index, temperature=temperature, backend=backend),
+        block_of(field, index),
+        views,
+        temperature,
+        length**2,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "gathered"])
+def test_a_row_without_mass_in_the_block(contiguous, backend):
+    """Loss 0, gradient 0 from that row, and the row stays."""
+    index = samples(40, 20, contiguous=contiguous)
+    absent = (set(range(40)) - set(index.tolist())).pop()
+    row = int(index[7])
+    p = neighbours(40)
+    p[row] = 0
+    p[row, absent] = 1
+    field = ResponseField.dense(40, initial=p.to_sparse_csr(), device=DEVICE)
+    views = sample_views(20, 8)
+    block = block_of(field, index)
+    assert not block[7].any()
+    hold(lambda **x: field.loss(**x, index=index, backend=backend), block, views)
+    losses = field.step(**views, index=index, reduction="none", backend=backend)
+    assert losses[7] == 0
+    assert (losses[:7] > 0).all()
+    one_hot = torch.nn.functional.one_hot(torch.tensor(absent), 40).to(DEVICE)
+    assert torch.equal(field.rows(index)[7], one_hot.float())
+    assert not torch.equal(block_of(field, index)[6], block[6])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "gathered"])
+@pytest.mark.parametrize("alpha", [0.01, 0.5, 1.0])
+@pytest.mark.parametrize(("n", "count", "d"), [(1, 1, 1), (5, 3, 31), (90, 65, 16)])
+def test_the_update_is_as_accurate_as_eager(n, count, d, alpha, contiguous, backend, blocks):
+    field = random_field(n, torch.float32)
+    index = samples(n, count, contiguous=contiguous)
+    views = sample_views(count, d)
+    before = field.rows(torch.arange(n)).double()
+    old = block_of(field, index)
+    drift = 1 - before[index].sum(1, keepdim=True)
+    field.update(**views, index=index, alpha=alpha, temperature=0.2, backend=backend)
+    after = field.rows(torch.arange(n)).double()
+    found = after[index[:, None], index]
+    settings = {"alpha": alpha, "temperature": 0.2}
+    naive = reference.field_update(old.float(), *views.values(), **settings)
+    truth = reference.field_update(old, *(x.double() for x in views.values()), **settings)
+    truth *= 1 + drift / old.sum(1, keepdim=True)
+    assert float((found - truth).diagonal().abs().max()) <= 3e-7  # what rounding leaves of the row
+    for x in (found, naive, truth):
+        x.diagonal().zero_()
+    compare({"value": found}, {"value": naive}, {"value": truth}, 5.0)
+    after[index[:, None], index] = before[index[:, None], index]
+    assert torch.equal(after, before), "an entry outside of the block"
+    assert float((field.rows(index).double().sum(1) - 1).abs().max()) <= 3e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "gathered"])
+def test_bfloat16_is_rounded_to_a_neighbour(contiguous, backend, blocks):
+    field = random_field(60, torch.bfloat16)
+    index = samples(60, 50, contiguous=contiguous)
+    views = sample_views(50, 16)
+    old = block_of(field, index)
+    total = field.rows(index).double().sum(1, keepdim=True)
+    mass = old.sum(1, keepdim=True)
+    field.update(**views, index=index, alpha=0.3, backend=backend)
+    truth = reference.field_update(
+        old, *(x.double() for x in views.values()), alpha=0.3, temperature=0.5
+    ) * ((mass + 1 - total) / mass)
+    error = (block_of(field, index) - truth).abs()
+    error.diagonal().zero_()
+    assert (error <= 2**-7 * truth + 1e-7).all()
+    assert (error > 2**-9 * truth).any(), "rounded to the nearest"
+    assert float((field.rows(index).double().sum(1) - 1).abs().max()) <= 3e-7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stored", STORED[:2], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_stay(bad, stored, backend, blocks):
+    for name, rows in (("queries", [4]), ("keys", range(20))):
+        field = random_field(30, stored)
+        index = samples(30, 20, contiguous=False)
+        views = sample_views(20, 8)
+        views[name][4] = bad
+        before = field.rows(torch.arange(30))
+        losses = field.step(**views, index=index, reduction="none", backend=backend)
+        after = field.rows(torch.arange(30))
+        changed = (before != after).any(1)[index]
+        assert torch.isfinite(after).all()
+        for i in range(20):
+            assert changed[i] == (torch.isfinite(losses[i]) and i not in (rows if i == 4 else []))
+        assert not torch.isfinite(losses[4])
+        if name == "queries":
+            assert changed.sum() == 19
+
+
+# ---- snapshots -----------------------------------------------------------------------------------
+
+
+def past(k, count, d, dtype, seed=0):
+    """Operands of the snapshots' operators, with samples that have from 0 to k visits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(*shape):
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.nn.functional.normalize(x, dim=-1).to(DEVICE, dtype)
+
+    visits = torch.randint(0, k + 1, (count,), generator=generator).to(DEVICE)
+    alphas = torch.rand(k, count, generator=generator).to(DEVICE)
+    temperatures = 1 / (1 + 4 * torch.rand(k, count, generator=generator)).to(DEVICE)
+    return rows(k, count, d), rows(k, count, d), alphas, temperatures, visits
+
+
+def visited(field, k, count, d, n, seed=0):
+    """A snapshot field whose samples have from 0 to 2 k visits, in batches of different samples."""
+    for step in range(2 * k):
+        index = samples(n, count, contiguous=False, seed=seed + step)
+        views = sample_views(count, d, seed=seed + step)
+        field.update(**views, index=index, alpha=0.2 + 0.1 * step, temperature=0.3 + 0.05 * step)
+    return field
+
+
+def initials(n):
+    p = neighbours(n)
+    p[p < 0.2] = 0
+    p[3] = 0
+    labels = torch.arange(n) % 7
+    return {"identity": "identity", "labels": labels, "neighbours": p.to_sparse_csr()}
+
+
+def materialised(field, index, initial, n, dtype=torch.float64):
+    """The mixture by reference.snapshot_target, from the field's own state."""
+    state = field.state_dict()
+    total = state["visits"][index].long()
+    k = len(state["queries"])
+    slot = (total - 1 - torch.arange(k, device=DEVICE)[:, None]) % k
+    queries, keys, alpha, scale = (
+        state[name][slot, index].to(dtype) for name in ("queries", "keys", "alpha", "scale")
+    )
+    if isinstance(initial, str):
+        p = torch.eye(n, dtype=torch.float64)
+    elif initial.layout == torch.sparse_csr:
+        p = initial.to_dense()
+        p[p.sum(1) == 0] = torch.eye(n, dtype=torch.float64)[p.sum(1) == 0]
+        p /= p.sum(1, keepdim=True)
+    else:
+        p = (initial[:, None] == initial).double()
+    p = p.to(DEVICE)[index[:, None], index]
+    return reference.snapshot_target(
+        queries, keys, alpha, 1 / scale, total.clamp_max(k), p.to(dtype)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("initial", ["identity", "labels", "neighbours"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("k", "n", "count", "d", "dtype"),
+    [(1, 1, 1, 1, F32), (2, 40, 33, 16, F32), (4, 60, 30, 24, F32), (3, 30, 17, 31, BF16)],
+)
+def test_snapshot_is_as_accurate_as_eager(k, n, count, d, dtype, stored, initial, backend, blocks):
+    if n == 1 and initial != "identity":
+        return
+    if backend == "triton" and stored == torch.float64:
+        pytest.skip("the kernels have no float64")
+    given = initials(n)[initial] if n > 1 else "identity"
+    field = ResponseField.snapshot(n, d, history=k, dtype=stored, initial=given, device=DEVICE)
+    index = samples(n, count, contiguous=False, seed=100)
+    for _ in range(2):  # without visits, and with some
+        hold(
+            lambda **x: field.loss(**x, index=index, backend=backend),
+            lambda dtype: materialised(field, index, given, n, dtype),
+            sample_views(count, d, dtype, aligned=True),
+        )
+        p = materialised(field, index, given, n)
+        assert float((field.block(index) - p).abs().max()) <= 1e-6
+        visited(field, k, count, d, n)
