@@ -69,13 +69,34 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.1,
     exclude_self: bool = False,
+    symmetric: bool = False,
     positive_offset: int = 0,
 ) -> Tensor:  # [N]
-    """InfoNCE: −log softmax(S / τ) at the positive; `exclude_self` leaves key i out of row i."""
+    """InfoNCE: −log softmax(S / τ) at the positive; `exclude_self` leaves key i out of row i.
+
+    `symmetric` is the mean of that and of the same with queries and keys swapped.
+    """
     logits = queries @ keys.T / temperature
     if exclude_self:
         logits = logits.masked_fill(diagonal_mask(logits, 0), float("-inf"))
-    return -torch.log_softmax(logits, dim=1).diagonal(positive_offset)[: len(queries)]
+    losses = -torch.log_softmax(logits, dim=1).diagonal(positive_offset)[: len(queries)]
+    if symmetric:
+        losses = (losses - torch.log_softmax(logits, dim=0).diagonal()) / 2
+    return losses
+
+
+def nt_xent(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [N, D]
+    *,
+    temperature: float | Tensor = 0.5,
+) -> Tensor:  # [2 N], the queries' losses, then the keys'
+    """NT-Xent: InfoNCE of each of the 2N images among the others, its positive the other view."""
+    images = torch.cat([queries, keys])
+    logits = images @ images.T / temperature
+    log_q = torch.log_softmax(logits.masked_fill(diagonal_mask(logits, 0), float("-inf")), dim=1)
+    n = len(queries)
+    return -torch.cat([log_q.diagonal(n), log_q.diagonal(-n)])
 
 
 def similarity_logsumexp(
