@@ -39,7 +39,7 @@ def no_atomics(found: Resources) -> str:
 
 
 def has_hot_loop(found: Resources) -> str:
-    if found.loop or found.variant == "ones":  # of one pass, which is no loop
+    if found.loop or not found.tile or found.variant == "ones":  # of one pass, which is no loop
         return ""
     return "no loop holds a matrix instruction"
 

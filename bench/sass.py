@@ -61,12 +61,13 @@ class Tile:
     gradient: Product | None
     chunks: int  # of the embedding; all but the first in a loop of their own
     steps: int = 1  # products with as many parts of the other operand, one after another
+    both: bool = False  # the program loads its own rows in the loop too
 
     @property
     def operand_bytes(self) -> int:
         """What a pass has to load: rows of the other, and the later chunks of both operands."""
         width = self.similarity.inner // self.chunks
-        rows = self.other + (self.chunks - 1) * (self.own + self.other)
+        rows = self.other + (self.chunks - 1) * (self.own + self.other) + self.both * self.own
         return rows * width * self.similarity.size
 
     @property

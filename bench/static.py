@@ -12,21 +12,30 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from triton.compiler import ASTSource, CompiledKernel
 
-from rkdo_kernels import launch, moments, moments_gradient, recursion, softmax_sums, symmetric
+from rkdo_kernels import (
+    gradient_stripes,
+    launch,
+    moments,
+    moments_gradient,
+    recursion,
+    single_launch,
+    softmax_sums,
+    symmetric,
+)
 
 from . import cubin, sass
 from .targets import TARGETS, predict, resident_warps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPERANDS = ("queries", "keys", "gradient")
-FLOATS = ("unit", "alpha", "scale")
+OPERANDS = ("queries", "keys", "gradient", "stripe")
+FLOATS = ("unit", "alpha", "scale", "longest")
 OFFSETS = ("exclude_a", "exclude_b", "positive_offset")
 AWKWARD = ("sm_90", "gfx942")  # a target of each compiler backend for the odd specialisations
 VARIANTS = ("aligned", "unaligned", "ones")  # of the integer arguments; see `specialise`
@@ -41,6 +50,9 @@ class Case:
     table: str  # its name in launch.CONFIGS
     constants: dict[str, Any]
     doubles: tuple[str, ...] = ()  # float64 tables, as the launchers pass them
+    loop: str = "rows"  # of the hot loop: rows, or "chunks" of the embedding; "" if there is none
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    dims: tuple[int, ...] = (64, 512)
 
 
 def cases() -> list[Case]:
@@ -63,6 +75,22 @@ def cases() -> list[Case]:
         Case("moments_fwd k=4", fwd, "moments_fwd", {**whole, **rkdo}, one + out),
         Case("both_sums", symmetric._both_sums_fwd, "both_sums", both),
         Case("both_sums_bwd", symmetric._both_sums_bwd, "both_sums_bwd", both_bwd),
+        *(
+            Case(
+                f"single_launch k={degree['DEGREE']}", single_launch._single_launch,
+                "single_launch", {"EXCLUDE": 1, "MOST": launch.SINGLE, **degree},
+                ("table", "loss", "room"), loop="", dims=(64, 512, 16),
+            )
+            for degree in (info_nce, rkdo)
+        ),
+        *(
+            Case(
+                f"gradient_stripe k={degree}", gradient_stripes._gradient_stripe,
+                "gradient_stripe", {"DEGREE": degree, "POSITIVE": True, **rows}, one,
+                loop="chunks", dtypes=("bf16",), dims=(512,),
+            )
+            for degree in (0, 4)
+        ),
         Case("softmax_sums", softmax, "softmax_sums", sums, many),
         Case("student_sums", softmax, "student_sums", student, many),
         Case("recursion", recursion._recursion_fwd, "recursion", steps),
@@ -104,7 +132,7 @@ class Resources:
     seconds: dict[str, float] | None = None  # an entry of S, by unit
     atomics: tuple[str, ...] = ()
     traps: tuple[str, ...] = ()
-    stripes: int = 1  # programs that each compute S anew, a stripe of the gradient each
+    stripes: int = 1  # times that the loop runs for an entry: stripes of the gradient, or chunks
 
 
 def compile_case(*arguments: Any, **settings: Any) -> Resources:
@@ -117,6 +145,7 @@ class Built:
 
     compiled: CompiledKernel
     tile: sass.Tile
+    loop: bool  # whether it should have one
     target: str
     fields: dict[str, Any]  # of Resources
 
@@ -151,11 +180,15 @@ def build(
     source = specialise(case, dtype, constants, variant)
     compiled = triton.compile(source, target=TARGETS[target].gpu, options=config.options)
     tile = tile_of(constants, dtype, config, amd, gradient)
+    again = constants["CHUNKS"] if gradient or case.loop == "chunks" else 1
+    if case.loop == "chunks":
+        one = sass.Product(constants["WIDTH"], 1, tile.similarity.size)
+        tile = replace(tile, similarity=one, chunks=1, both=True)
     fields = {
         "kernel": case.name, "dtype": dtype, "dim": like.shape[1], "variant": variant,
-        "config": config, "stripes": constants["CHUNKS"] if gradient else 1,
+        "config": config, "stripes": again,
     }  # fmt: skip
-    return Built(compiled, tile, target, fields)
+    return Built(compiled, tile, bool(case.loop), target, fields)
 
 
 def table_entry(table: str, like: torch.Tensor, target: str) -> launch.Config:
@@ -229,7 +262,7 @@ def examine(built: Sequence[Built]) -> list[Resources]:
 def judge(built: Built, registers: int, spills: int, assembly: str) -> Resources:
     compiled, tile, device = built.compiled, built.tile, TARGETS[built.target]
     program = sass.parse_amdgcn(assembly) if device.amd else sass.parse_sass(assembly)
-    loop = sass.hot_loop(program, tile)
+    loop = sass.hot_loop(program, tile) if built.loop else None
     atomics, traps = sass.forbidden(program)
     shared = compiled.metadata.shared
     columns = int(getattr(compiled.metadata, "tmem_size", 0) or 0)
@@ -243,7 +276,7 @@ def judge(built: Built, registers: int, spills: int, assembly: str) -> Resources
         tensor_columns=columns,
         warps=resident_warps(device, tile.threads // tile.wave, registers, shared, columns),
         loop=loop,
-        tile=tile,
+        tile=tile if built.loop else None,
         seconds=predict(device, tile, loop) if loop else None,
         atomics=tuple(atomics),
         traps=tuple(traps),
@@ -285,8 +318,9 @@ def entries(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Entry]:
     """Every kernel × launch-table entry × dtype × target, then the awkward specialisations."""
     for target in targets:
         for case in cases():
-            for dtype in DTYPES:
-                for dim in (64, 512):
+            for dtype in case.dtypes:
+                for dim in case.dims:
                     yield Entry(case.name, dtype, dim, target)
             for variant in VARIANTS[1:] if target in AWKWARD else ():
-                yield Entry(case.name, "bf16", 64, target, variant)
+                if variant != "ones" or 64 in case.dims:
+                    yield Entry(case.name, "bf16", case.dims[0], target, variant)

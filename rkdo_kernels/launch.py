@@ -191,6 +191,7 @@ ARCH_CONFIGS = {
     ("sm_100", "logsumexp", 2, False): Config(128, 64, 8, 3),
     ("sm_100", "logsumexp", 4, True): Config(64, 64, 8, 2),
     ("sm_100", "moments_fwd", 4, True): Config(64, 64, 8, 2),
+    ("sm_100", "single_launch", 4, False): Config(64, 64, 4, 1, width=32),
     ("gfx942", "logsumexp", 4, True): Config(128, 64, 8, 2),
     ("gfx942", "moments_fwd", 4, True): Config(128, 64, 8, 2),
     ("sm_80", "moments_dq", 2, False): Config(64, 64, 4, 2),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, quadrature
+from . import launch, quadrature, single_launch
 from .primitives import LANES, LOG2E, column_groups, leave_out, load_rows, similarity_tile, walk
 from .recursion_rows import PASTS, _recursion_rows, recursion_rows
 
@@ -172,7 +172,13 @@ def recursion_moments(
     detach_target: bool,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [N], [N, degree + 1], [N], [0], [0]
-    assert not gradient  # the keys' needs every row's coefficients: it waits for the next launch
+    """For a small batch the `gradient` instead of what it follows from; see tiled.py's."""
+    if gradient:
+        loss, *gradients = single_launch.recursion_moments(
+            queries, keys, scales, alpha, bound, degree, exclude, detach_target
+        )
+        nothing = loss.new_empty(0)
+        return loss, nothing, nothing.clone(), *gradients
     settings = tuple(scales), alpha, bound, str(queries.device)
     table = quadrature.table(degree, *settings)
     loss = queries.new_empty(len(queries), dtype=torch.float64)

@@ -7,8 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
-from .primitives import LOG2E, into, leave_out, load_rows, similarity_tile, store_rows
+from . import gradient_stripes, launch
+from .primitives import (
+    LOG2E,
+    into,
+    leave_out,
+    load_rows,
+    row_polynomials,
+    similarity_tile,
+    store_rows,
+)
 
 
 @triton.jit
@@ -281,21 +289,6 @@ def gradient_tile(
 
 
 @triton.jit
-def row_polynomials(
-    weights_ptr, first, n, ROWS: tl.constexpr, DEGREE: tl.constexpr, MASKED: tl.constexpr
-):
-    """DEGREE + 1 columns of weights, [ROWS, 1] each; 0 past the last row."""
-    local = tl.arange(0, ROWS)
-    table_ptr = weights_ptr + tl.cast(first, tl.int64) * (DEGREE + 1)
-    result = ()
-    for power in tl.static_range(DEGREE + 1):
-        at = table_ptr + local * (DEGREE + 1) + power
-        w = tl.load(at, mask=local < n - first, other=0.0) if MASKED else tl.load(at)
-        result = result + (w[:, None],)
-    return result
-
-
-@triton.jit
 def at_partners(
     at_positive_ptr,  # [N]
     i,
@@ -355,6 +348,10 @@ def moments_backward(
     exclude: list[int],
     at_positive: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if gradient_stripes.pays(queries):
+        return gradient_stripes.moments_backward(
+            queries, keys, scale, bound, weights, exclude, at_positive
+        )
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     weights, dims = weights.contiguous(), launch.dims(queries)
     n, m, dim = queries.shape[0], keys.shape[0], queries.shape[1]

@@ -123,6 +123,21 @@ def into(acc, g, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def row_polynomials(
+    weights_ptr, first, n, ROWS: tl.constexpr, DEGREE: tl.constexpr, MASKED: tl.constexpr
+):
+    """DEGREE + 1 columns of weights, [ROWS, 1] each; 0 past the last row."""
+    local = tl.arange(0, ROWS)
+    table_ptr = weights_ptr + tl.cast(first, tl.int64) * (DEGREE + 1)
+    result = ()
+    for power in tl.static_range(DEGREE + 1):
+        at = table_ptr + local * (DEGREE + 1) + power
+        w = tl.load(at, mask=local < n - first, other=0.0) if MASKED else tl.load(at)
+        result = result + (w[:, None],)
+    return result
+
+
+@triton.jit
 def block_values(
     table_ptr,
     stride,

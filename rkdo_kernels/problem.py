@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,16 +35,22 @@ class Problem:
             checks.as_many(square, queries, keys)
         self.offset = checks.pairing(queries, keys, positive_offset) if paired else 0
         self.backend = launch.backend_for(backend, self.queries)
-        self.validity = (
-            None if bound is None else checks.within_bound(self.queries, self.keys, bound)
-        )
         self.bound = bound
+        if self.queries.device.type == "cpu":
+            _ = self.validity  # which raises
         self.temperature = temperature
         if isinstance(temperature, Tensor):
             valid = (temperature > 0) & torch.isfinite(temperature)
             self.temperature = torch.where(valid, temperature, float("nan")).reshape(())
             if temperature.device != self.queries.device:
                 self.temperature = self.temperature.to(self.queries.device)
+
+    @cached_property
+    def validity(self) -> Tensor | None:  # [N]
+        """Factors for the rows' losses, if they have to be held to the bound yet."""
+        if self.bound is None:
+            return None
+        return checks.within_bound(self.queries, self.keys, self.bound)
 
     def materialised(self) -> AbstractContextManager:
         """For reference.py: its matrix products too stay in the inputs' dtype under autocast."""

@@ -25,12 +25,18 @@ def rkdo_from_moments(
     """RKDO of any depth from one set of moments over the keys that are not the positive."""
     queries, keys, bound = problem.queries, problem.keys, problem.bound
     assert bound is not None
-    size = ops.product_dtype(keys).itemsize
-    at_once = problem.backend == "tiled" and one_pass.fits(keys.shape[0], size)
+    (n, _), m = queries.shape, keys.shape[0]
+    if problem.backend == "tiled":
+        at_once = one_pass.fits(m, ops.product_dtype(keys).itemsize)
+    else:
+        at_once = launch.is_single(n, m)
     wanted = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
+    gradient = at_once and wanted and reduction != "none"
+    if gradient and problem.backend == "triton":
+        problem.validity = None  # the kernel's own
     loss, *_ = ops.recursion_moments(
         queries, keys, scales, alpha, bound, degree, [problem.offset, *exclude], detach_target,
-        at_once and wanted and reduction != "none", problem.backend,
+        gradient, problem.backend,
     )  # fmt: skip
     return loss
 

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from rkdo_kernels import kernels, launch, recursion, softmax_sums
+from rkdo_kernels import kernels, launch, quadrature, recursion, softmax_sums
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -69,6 +69,8 @@ class Guarded:
 
         was = torch.Tensor.new_empty, torch.Tensor.contiguous
         tables = softmax_sums.squares, recursion.row_tables
+        table = quadrature.table
+        quadrature.table = lambda *settings: self.copy(table(*settings))
         torch.Tensor.new_empty, torch.Tensor.contiguous = new_empty, contiguous
         softmax_sums.squares, recursion.row_tables = map(guarded, tables)
         try:
@@ -76,6 +78,7 @@ class Guarded:
         finally:
             torch.Tensor.new_empty, torch.Tensor.contiguous = was
             softmax_sums.squares, recursion.row_tables = tables
+            quadrature.table = table
 
 
 def calls(n, m, d, dtype):
@@ -93,6 +96,12 @@ def calls(n, m, d, dtype):
         gradient = (*x, scale, 1.5, rows(n, 3), exclude, rows(n) if exclude else None)
         yield "moments_backward", gradient
         yield "moments_backward in parts", gradient
+        if dtype == torch.bfloat16:
+            yield "moments_backward in stripes", gradient
+        if exclude:
+            settings = (scales.tolist(), 0.5, 1.5, 2, exclude)
+            yield "recursion_moments in one", (*x, *settings, False, True)
+            yield "recursion_moments in one", (*x, *settings, True, True)
         yield "both_sums", (*x, 2.0, exclude)
         yield "both_sums in parts", (*x, 2.0, exclude)
         sums = (*x, 2.0, rows(n), rows(m), exclude, rows(n) if exclude else None)
@@ -116,7 +125,9 @@ def calls(n, m, d, dtype):
 def launcher(name):
     name, _, parts = name.partition(" in ")
     function = getattr(kernels, name)
-    return in_parts(function) if parts else function
+    if parts == "stripes":
+        return in_stripes(function)
+    return in_parts(function) if parts == "parts" else function
 
 
 def in_parts(function):
@@ -128,6 +139,20 @@ def in_parts(function):
             return function(*arguments)
         finally:
             launch.splits = was
+
+    return call
+
+
+def in_stripes(function):
+    """The launcher, by stripes of up to 20 rows or columns of ∂L/∂S, whatever the width."""
+
+    def call(*arguments):
+        was = launch.STRIPE_DIM, launch.stripe
+        launch.STRIPE_DIM, launch.stripe = 1, lambda count, _: min(count, 20)
+        try:
+            return function(*arguments)
+        finally:
+            launch.STRIPE_DIM, launch.stripe = was
 
     return call
 

@@ -25,11 +25,15 @@ from bench.static_table import compile_all
 def wanted():
     for case in static.cases():
         for dtype in ("bf16", "fp32"):
-            yield static.Entry(case.name, dtype, 64, "sm_90")
+            if dtype in case.dtypes:
+                yield static.Entry(case.name, dtype, case.dims[0], "sm_90")
     for case in static.cases():
-        if case.name.startswith("moments"):
+        if case.name.startswith(("moments", "single", "gradient")):
             for target in ("sm_80", "sm_100", "gfx942"):
-                yield static.Entry(case.name, "bf16", 64, target)
+                yield static.Entry(case.name, "bf16", case.dims[0], target)
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for dim in (16, 512):
+            yield static.Entry("single_launch k=4", "fp32", dim, target)
     for name in ("softmax_sums", "softmax_sums_bwd dk", "recursion_bwd dq", "recursion_bwd dk"):
         yield static.Entry(name, "fp32", 64, "sm_80")
         yield static.Entry(name, "fp16", 512, "sm_90")
@@ -95,8 +99,9 @@ LAUNCHES = """
 import json, types
 import torch
 from bench import static
-from rkdo_kernels import kernels, moments, moments_gradient, ops, recursion, small, softmax_sums
-from rkdo_kernels.losses import icon_loss, rkdo_loss
+from rkdo_kernels import gradient_stripes, kernels, moments, moments_gradient, ops
+from rkdo_kernels import recursion, single_launch, small, softmax_sums, symmetric
+from rkdo_kernels.losses import icon_loss, info_nce, rkdo_loss
 
 seen = {}
 
@@ -112,7 +117,9 @@ class Recorder:
             }
         return launch
 
-for module in (moments, moments_gradient, softmax_sums, recursion):
+for module in (
+    gradient_stripes, moments, moments_gradient, recursion, single_launch, softmax_sums, symmetric,
+):
     for name in list(vars(module)):
         if name.startswith("_") and hasattr(getattr(module, name), "arg_names"):
             setattr(module, name, Recorder(getattr(module, name)))
@@ -130,7 +137,9 @@ small.MAX_ENTRIES = 0
 x = torch.nn.functional.normalize(torch.randn(8, 64), dim=1).bfloat16()
 for loss in (
     lambda q, k: rkdo_loss(q, k), lambda q, k: rkdo_loss(q, k, bound=None),
-    lambda q, k: icon_loss(q, k, kernel="student"),
+    lambda q, k: icon_loss(q, k, kernel="student"), lambda q, k: info_nce(q, k, symmetric=True),
+    lambda q, k: rkdo_loss(q, k, reduction="none").sum(),
+    lambda q, k: rkdo_loss(q.repeat(1, 4), k.repeat(1, 4), bound=4.2, reduction="none").sum(),
 ):
     q, k = x.clone().requires_grad_(), x.clone().requires_grad_()
     loss(q, k).backward()

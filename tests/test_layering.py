@@ -30,8 +30,12 @@ ARROWS = {
     # Triton: kernels know their pieces and their launch tables
     "launch": {"chebyshev", "constants"},
     "recursion_rows": {"primitives"},
-    "moments": {"launch", "primitives", "quadrature", "recursion_rows"},
-    "moments_gradient": {"launch", "primitives"},
+    "moments": {"launch", "primitives", "quadrature", "recursion_rows", "single_launch"},
+    "moments_gradient": {"gradient_stripes", "launch", "primitives"},
+    "gradient_stripes": {"launch", "primitives"},
+    "single_launch": {
+        "checks", "launch", "moments_gradient", "primitives", "quadrature", "recursion_rows",
+    },
     "gradient_loop": {"primitives"},
     "softmax_sums": {"launch", "primitives", "gradient_loop"},
     "recursion": {"launch", "primitives", "gradient_loop"},
@@ -59,7 +63,7 @@ PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rk
 # Modules that need Triton to be imported.
 TRITON = {
     "primitives", "gradient_loop", "recursion_rows", "moments", "moments_gradient", "symmetric",
-    "softmax_sums", "recursion",
+    "softmax_sums", "recursion", "single_launch", "gradient_stripes",
 }  # fmt: skip
 KERNELS = sorted(Path(rkdo_kernels.__file__).parent.glob("*.py"))
 TRAINER = sorted(Path(rkdo.__file__).parent.glob("*.py"))

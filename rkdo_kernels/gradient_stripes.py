@@ -1,0 +1,154 @@
+"""Wide embeddings: ∂L/∂S by stripes in bfloat16, which stay in the cache, then matrix products.
+
+A program that owns rows of a wide gradient keeps a part of its columns, and computes S anew for
+every part. Here S is computed once a gradient, and the products with G are left to the library.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .primitives import LOG2E, leave_out, load_rows, on_diagonal, row_polynomials, touches
+
+
+@triton.jit
+def _gradient_stripe(
+    queries_ptr,  # [N, D]           in
+    keys_ptr,  # [M, D]              in
+    scale_ptr,  # []                 in, c
+    weights_ptr,  # [N, DEGREE + 1]  in, fp32
+    at_positive_ptr,  # [N]          in, fp32, ∂L/∂S at (i, i + exclude_a)
+    stripe_ptr,  # [stop_i − start_i, stop_j − start_j]  out
+    queries_stride,
+    keys_stride,
+    n,
+    m,
+    dim,
+    unit,  # 1 / b
+    exclude_a,
+    exclude_b,
+    start_i,
+    stop_i,
+    start_j,
+    stop_j,
+    DEGREE: tl.constexpr,
+    EXCLUDE: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """One program per tile:  G_ij = exp(c S_ij) Σ_k weights_ik (S_ij / b)^k, at_positive_i for the
+    positive, for start_i ≤ i < stop_i and start_j ≤ j < stop_j."""
+    first_i = start_i + tl.program_id(0) * ROWS
+    first_j = start_j + tl.program_id(1) * COLS
+    s = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, dim, WIDTH):
+        q = load_rows(
+            queries_ptr, queries_stride, first_i, n, start, dim, ROWS, WIDTH, FULL, True, UPCAST
+        )
+        k = load_rows(
+            keys_ptr, keys_stride, first_j, m, start, dim, COLS, WIDTH, FULL, True, UPCAST
+        )
+        s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
+    scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
+    e = tl.exp2(s * scale)
+    u = s if UNIT else s * unit
+    weights = row_polynomials(weights_ptr, first_i, n, ROWS, DEGREE, True)
+    g = tl.zeros([ROWS, COLS], tl.float32) + weights[DEGREE]
+    for power in tl.static_range(1, DEGREE + 1):
+        g = g * u + weights[DEGREE - power]
+    g = leave_out(e * g, first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
+    i = first_i + tl.arange(0, ROWS)
+    j = first_j + tl.arange(0, COLS)
+    if POSITIVE:
+        if touches(first_i, ROWS, first_j, COLS, exclude_a):
+            positive = tl.load(at_positive_ptr + i, mask=i < n, other=0.0)
+            g = tl.where(on_diagonal(i, j, exclude_a), positive[:, None], g)
+    at = (i - start_i).to(tl.int64)[:, None] * (stop_j - start_j) + (j - start_j)[None, :]
+    mask = (i < stop_i)[:, None] & (j < stop_j)[None, :]
+    tl.store(stripe_ptr + at, g.to(stripe_ptr.dtype.element_ty), mask=mask)
+
+
+def pays(queries: Tensor) -> bool:
+    """Whether a gradient is wide enough, and bfloat16, whose range holds ∂L/∂S."""
+    return queries.dtype == torch.bfloat16 and queries.shape[1] >= launch.STRIPE_DIM
+
+
+def moments_backward(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor,
+    bound: float,
+    weights: Tensor,
+    exclude: list[int],
+    at_positive: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A ∂L/∂S that one stripe holds is formed once, for both gradients."""
+    queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
+    run = Stripes(queries, keys, scale, bound, weights.contiguous(), exclude, at_positive)
+    n, m = queries.shape[0], keys.shape[0]
+    d_queries, d_keys = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+    rows = launch.stripe(n, m)
+    cols = launch.stripe(m, n) if rows < n else m
+    room = queries.new_empty(max(rows * m, n * cols))
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        g = run.stripe(room, start, stop, 0, m)
+        torch.mm(g, keys, out=d_queries[start:stop])
+    for start in range(0, m, cols):
+        stop = min(start + cols, m)
+        if rows < n:
+            g = run.stripe(room, 0, n, start, stop)
+        torch.mm(g.T, queries, out=d_keys[start:stop])
+    return d_queries, d_keys
+
+
+class Stripes:
+    """Launches for parts of one ∂L/∂S."""
+
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        scale: Tensor,
+        bound: float,
+        weights: Tensor,
+        exclude: list[int],
+        at_positive: Tensor | None,
+    ) -> None:
+        paired = weights if at_positive is None else at_positive.contiguous()
+        self.config = launch.config("gradient_stripe", queries)
+        self.tensors = queries, keys, scale, weights, paired
+        self.numbers = (
+            queries.stride(0), keys.stride(0), queries.shape[0], *keys.shape, 1 / bound,
+            *launch.excluded(exclude),
+        )  # fmt: skip
+        self.constants = {
+            "DEGREE": weights.shape[1] - 1,
+            "EXCLUDE": len(exclude),
+            "POSITIVE": at_positive is not None,
+            "UNIT": bound == 1,
+            "ROWS": self.config.rows,
+            "COLS": self.config.cols,
+            **launch.dims(queries, self.config.width),
+            **self.config.options,
+        }
+
+    def stripe(self, room: Tensor, start_i: int, stop_i: int, start_j: int, stop_j: int) -> Tensor:
+        """G of these rows and columns, in `room`."""
+        n, m, config = stop_i - start_i, stop_j - start_j, self.config
+        g = room[: n * m].view(n, m)
+        _gradient_stripe[(triton.cdiv(n, config.rows), triton.cdiv(m, config.cols))](
+            *self.tensors, g, *self.numbers, start_i, stop_i, start_j, stop_j, **self.constants
+        )
+        return g
