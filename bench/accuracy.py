@@ -40,7 +40,8 @@ def evaluate(loss: Loss, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def truth(contender: Contender, inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     exact = {name: x.detach().to(dtype) for name, x in inputs.items()}
-    return evaluate(in_chunks(contender.rows, contender.symmetric, BLOCK), exact)
+    loss = in_chunks(contender.rows, contender.symmetric, BLOCK, pooled=contender.pooled)
+    return evaluate(loss, exact)
 
 
 def eager_in(contender: Contender, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -42,13 +42,16 @@ class Case:
 
 
 def standard(
-    loss: Callable[..., Tensor], rows: Callable[..., Tensor], symmetric: bool = False
+    loss: Callable[..., Tensor],
+    rows: Callable[..., Tensor],
+    symmetric: bool = False,
+    pooled: bool = False,
 ) -> tuple[Contender, ...]:
     return (
-        by.eager(rows, symmetric),
-        by.compiled(rows, symmetric),
-        by.chunked(rows, symmetric),
-        by.ours(loss, rows, symmetric),
+        by.eager(rows, symmetric, pooled),
+        by.compiled(rows, symmetric, pooled),
+        by.chunked(rows, symmetric, pooled),
+        by.ours(loss, rows, symmetric, pooled),
         by.products(rows),
     )
 
@@ -64,13 +67,21 @@ def at_depth(depth: int) -> tuple[Contender, ...]:
 
 def contrastive(temperature: float, symmetric: bool) -> tuple[Contender, ...]:
     rows = partial(reference.info_nce, temperature=temperature)
-    fused = partial(rkdo_kernels.info_nce, temperature=temperature)
+    fused = partial(rkdo_kernels.info_nce, temperature=temperature, symmetric=symmetric)
     return (
         *standard(fused, rows, symmetric),
         by.fused_cross_entropy(temperature, rows, symmetric),
         by.attention(temperature, rows, symmetric),
         by.inf_cl(temperature, rows, symmetric),
     )
+
+
+def nt_xent_rows(queries: Tensor, images: Tensor, *, positive_offset: int = 0) -> Tensor:
+    """NT-Xent of a block of rows; `images` are the other views, then the rows' own."""
+    logits = queries @ images.T / 0.5
+    own = reference.diagonal_mask(logits, positive_offset + len(images) // 2)
+    log_q = torch.log_softmax(logits.masked_fill(own, float("-inf")), dim=1)
+    return -log_q.diagonal(positive_offset)[: len(queries)]
 
 
 FEWER = ((1024, 64), (4096, 64))
@@ -99,6 +110,13 @@ CASES = (
         contrastive(0.1, True),
         shapes=((1024, 512), (4096, 512)),
         gpu_shapes=((4096, 512), (16384, 512), (65536, 512)),
+    ),
+    Case(
+        "nt_xent",
+        standard(rkdo_kernels.nt_xent, nt_xent_rows, symmetric=True, pooled=True),
+        work=Work(products=12, exponentials=8),  # three blocks of S, two of them symmetric
+        shapes=FEWER,
+        gpu_shapes=GPU_FEWER,
     ),
     Case(
         "icon_gaussian",

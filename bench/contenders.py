@@ -35,23 +35,34 @@ class Contender:
     make: Callable[[int, torch.device], Loss]
     rows: RowLoss
     symmetric: bool = False  # both directions, averaged
+    pooled: bool = False  # the rows' own views are keys too, after the others
     variants: tuple[int, ...] = ()  # `make` takes one of them as `variant`; the fastest is timed
     judged: bool = True  # False for what is no loss
     graph: bool = False  # captured once, replayed
     in_float32: bool = False  # returns a float32 loss in every dtype, and is held to it
 
 
-def mean_of(rows: RowLoss, symmetric: bool) -> Loss:
+def directions(
+    queries: Tensor, keys: Tensor, symmetric: bool, pooled: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """What the rows of a loss are, and their keys."""
+    ways = [(queries, keys), (keys, queries)][: 1 + symmetric]
+    return [(a, torch.cat([b, a])) for a, b in ways] if pooled else ways
+
+
+def mean_of(rows: RowLoss, symmetric: bool, pooled: bool = False) -> Loss:
     """The loss as one would write it, materialised."""
 
     def loss(queries: Tensor, keys: Tensor) -> Tensor:
-        value = rows(queries, keys).mean()
-        return (value + rows(keys, queries).mean()) / 2 if symmetric else value
+        means = [rows(a, b).mean() for a, b in directions(queries, keys, symmetric, pooled)]
+        return (means[0] + means[1]) / 2 if symmetric else means[0]
 
     return loss
 
 
-def in_chunks(rows: RowLoss, symmetric: bool, chunk: int, saving: bool = True) -> Loss:
+def in_chunks(
+    rows: RowLoss, symmetric: bool, chunk: int, saving: bool = True, pooled: bool = False
+) -> Loss:
     """The same by blocks of `chunk` rows, each recomputed for its gradient if `saving`."""
 
     def one_way(queries: Tensor, keys: Tensor) -> Tensor:
@@ -66,8 +77,8 @@ def in_chunks(rows: RowLoss, symmetric: bool, chunk: int, saving: bool = True) -
         return total / len(queries)
 
     def loss(queries: Tensor, keys: Tensor) -> Tensor:
-        value = one_way(queries, keys)
-        return (value + one_way(keys, queries)) / 2 if symmetric else value
+        means = [one_way(a, b) for a, b in directions(queries, keys, symmetric, pooled)]
+        return (means[0] + means[1]) / 2 if symmetric else means[0]
 
     return loss
 
@@ -78,33 +89,33 @@ def block_sum(rows: RowLoss, start: int, chunk: int, queries: Tensor, keys: Tens
     return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
 
 
-def eager(rows: RowLoss, symmetric: bool = False) -> Contender:
-    return Contender("eager", lambda n, device: mean_of(rows, symmetric), rows, symmetric)
+def eager(rows: RowLoss, symmetric: bool = False, pooled: bool = False) -> Contender:
+    loss = mean_of(rows, symmetric, pooled)
+    return Contender("eager", lambda n, device: loss, rows, symmetric, pooled)
 
 
-def compiled(rows: RowLoss, symmetric: bool = False) -> Contender:
+def compiled(rows: RowLoss, symmetric: bool = False, pooled: bool = False) -> Contender:
     def make(n: int, device: torch.device) -> Loss:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         torch._dynamo.reset()
-        return torch.compile(mean_of(rows, symmetric), dynamic=False)
+        return torch.compile(mean_of(rows, symmetric, pooled), dynamic=False)
 
-    return Contender("compiled", make, rows, symmetric)
+    return Contender("compiled", make, rows, symmetric, pooled)
 
 
-def chunked(rows: RowLoss, symmetric: bool = False) -> Contender:
+def chunked(rows: RowLoss, symmetric: bool = False, pooled: bool = False) -> Contender:
     def make(n: int, device: torch.device, variant: int = CHUNKS[0]) -> Loss:
-        return in_chunks(rows, symmetric, variant)
+        return in_chunks(rows, symmetric, variant, pooled=pooled)
 
-    return Contender("chunked", make, rows, symmetric, variants=CHUNKS)
+    return Contender("chunked", make, rows, symmetric, pooled, variants=CHUNKS)
 
 
-def ours(loss: Callable[..., Tensor], rows: RowLoss, symmetric: bool = False) -> Contender:
-    def both(queries: Tensor, keys: Tensor) -> Tensor:
-        return (loss(queries, keys) + loss(keys, queries)) / 2
-
-    chosen = both if symmetric else loss
-    return Contender("ours", lambda n, device: chosen, rows, symmetric, in_float32=True)
+def ours(
+    loss: Callable[..., Tensor], rows: RowLoss, symmetric: bool = False, pooled: bool = False
+) -> Contender:
+    """`loss` goes both ways by itself."""
+    return Contender("ours", lambda n, device: loss, rows, symmetric, pooled, in_float32=True)
 
 
 def fused_cross_entropy(temperature: float, rows: RowLoss, symmetric: bool = False) -> Contender:

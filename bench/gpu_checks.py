@@ -16,6 +16,7 @@ import rkdo_kernels
 from rkdo_kernels import reference
 
 from . import accuracy, contenders, gpu_timing
+from .cases import nt_xent_rows
 from .contenders import Contender, RowLoss
 from .measure import DTYPES, forward_and_backward, release
 from .problems import two_views
@@ -25,6 +26,7 @@ START = "spawn"  # CUDA does not outlive a fork
 SHAPES = (
     (129, 200, "fp32"), (1, 1, "bf16"), (3, 31, "fp16"), (1024, 512, "bf16"), (1024, 64, "fp16"),
     (1, 1, "fp32"), (129, 200, "bf16"), (1024, 512, "fp32"), (129, 200, "fp16"), (3, 31, "bf16"),
+    (64, 64, "bf16"), (128, 512, "fp32"), (101, 200, "fp16"),  # in a single launch
 )  # fmt: skip
 RERUNS = 250
 BEYOND = 46_401  # N with N² > 2³¹
@@ -67,7 +69,14 @@ def paths() -> dict[str, Contender]:
             partial(reference.icon_loss, kernel="student"),
         ),
     }
-    return {name: contenders.ours(loss, rows) for name, (loss, rows) in both.items()}
+    found = {name: contenders.ours(loss, rows) for name, (loss, rows) in both.items()}
+    found["info_nce, both ways"] = contenders.ours(
+        partial(rkdo_kernels.info_nce, symmetric=True), reference.info_nce, symmetric=True
+    )
+    found["nt_xent"] = contenders.ours(
+        rkdo_kernels.nt_xent, nt_xent_rows, symmetric=True, pooled=True
+    )
+    return found
 
 
 def run(wait: float = 120.0) -> Generator[Check, None, None]:
@@ -138,6 +147,9 @@ def plan() -> list[tuple[str, Callable[[], Check]]]:
     for name in ("rkdo, moments", "info_nce", "rkdo, direct", "icon, student"):
         label = f"N·M past 2³¹: {name}, bf16, {BEYOND}×64"
         checks.append((label, accurate, (every[name], BEYOND, 64, "bf16")))
+    for name in ("rkdo, moments", "info_nce"):
+        label = f"stripes of ∂L/∂S: {name}, bf16, 9001×256"
+        checks.append((label, accurate, (every[name], 9001, 256, "bf16")))
     for name in ("rkdo, moments", "rkdo, direct"):
         label = f"offsets past 2³¹: {name}, bf16, rows 2²⁰ elements apart"
         checks.append((label, far_apart, (every[name],)))

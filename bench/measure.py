@@ -148,7 +148,7 @@ def enter(
     found = accuracy.evaluate(loss, inputs)
     result = replace(result, detail=detail)
     if contender.judged:
-        about = (contender.rows, contender.symmetric)
+        about = (contender.rows, contender.symmetric, contender.pooled)
         if about not in known:
             true = accuracy.truth(contender, inputs, torch.float64)
             known[about] = true, accuracy.eager_in(contender, inputs)

@@ -26,7 +26,7 @@ HEADER = (
 LOSSES = {  # kernels of one forward and backward, by case
     "rkdo_loss": ("moments_fwd k=4", "moments_bwd k=4 dq", "moments_bwd k=4 dk"),
     "info_nce": ("moments_fwd k=0", "moments_bwd k=0 dq", "moments_bwd k=0 dk"),
-    "clip": 2 * ("moments_fwd k=0", "moments_bwd k=0 dq", "moments_bwd k=0 dk"),
+    "clip": ("both_sums", "both_sums_bwd", "both_sums_bwd"),
     "icon_student": ("student_sums", "student_sums_bwd dq", "student_sums_bwd dk"),
     "rkdo_direct": (
         "softmax_sums", "recursion", "recursion_bwd dq", "recursion_bwd dk",

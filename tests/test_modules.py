@@ -7,7 +7,16 @@ import torch
 from accuracy import DEVICE, sample_views
 from torch import nn
 
-from rkdo_kernels import IConLoss, InfoNCELoss, RKDOLoss, icon_loss, info_nce, rkdo_loss
+from rkdo_kernels import (
+    IConLoss,
+    InfoNCELoss,
+    NTXentLoss,
+    RKDOLoss,
+    icon_loss,
+    info_nce,
+    nt_xent,
+    rkdo_loss,
+)
 
 MODULES = [
     (RKDOLoss, rkdo_loss, {"temperature": 0.3, "alpha": 0.2, "depth": 2, "cooling": 0.2}),
@@ -28,6 +37,24 @@ def test_a_module_is_its_function(module, function, settings):
     assert torch.equal(
         loss(**more, positive_offset=7), function(**more, **settings, positive_offset=7)
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "settings"),
+    [(InfoNCELoss, info_nce, {"symmetric": True}), (NTXentLoss, nt_xent, {"temperature": 0.2})],
+)
+def test_modules_of_as_many_keys_as_queries(module, function, settings):
+    loss, views = module(**settings), sample_views(20, 8)
+    assert torch.equal(loss(**views), function(**views, **settings))
+    with pytest.raises(ValueError, match="needs as many keys as queries"):
+        loss(*sample_views(10, 8, m=20).values())
+    with pytest.raises((TypeError, ValueError), match="positive_offset"):
+        module(**settings, positive_offset=1)
+
+
+def test_symmetric_goes_without_exclude_self():
+    with pytest.raises(ValueError, match="do not go together"):
+        InfoNCELoss(symmetric=True, exclude_self=True)
 
 
 def test_exclude_self_is_a_setting():

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rkdo_kernels import (
     icon_loss,
     info_nce,
+    nt_xent,
     reference,
     rkdo_loss,
     similarity_logsumexp,
@@ -20,6 +21,13 @@ from rkdo_kernels import (
     tiled,
     tiles,
 )
+
+
+def square(views):
+    """As many queries as keys."""
+    n = max(len(x) for x in views.values())
+    return {name: x.repeat(-(-n // len(x)), 1)[:n] for name, x in views.items()}
+
 
 LOSSES = {
     "rkdo": lambda **x: rkdo_loss(**x, positive_offset=0),
@@ -29,6 +37,8 @@ LOSSES = {
     "icon": lambda **x: icon_loss(**x, positive_offset=0),
     "icon-student": lambda **x: icon_loss(**x, kernel="student", positive_offset=0),
     "info_nce": lambda **x: info_nce(**x, positive_offset=0),
+    "clip": lambda **x: info_nce(**square(x), symmetric=True),
+    "nt_xent": lambda **x: nt_xent(**square(x)),
     "info_nce-direct": lambda **x: info_nce(**x, bound=None, positive_offset=0),
     "logsumexp": lambda **x: similarity_logsumexp(**x, temperature=0.5, exclude_self=True).mean(),
     "moments": lambda **x: similarity_moments(**x, temperature=0.5, degree=4).mean(),
@@ -76,7 +86,8 @@ def watch(monkeypatch):
 
         return run
 
-    for name in ("moments", "softmax_sums", "recursion", "recursion_moments"):
+    names = ("moments", "both_sums", "self_sums", "softmax_sums", "recursion", "recursion_moments")
+    for name in names:
         for function in {name, f"{name.removesuffix('_moments')}_backward"}:
             monkeypatch.setattr(tiled, function, watched(getattr(tiled, function)))
     return watch
