@@ -1,4 +1,4 @@
-"""The command line: `rkdo train` and `rkdo evaluate`."""
+"""The command line: `rkdo train`, `rkdo evaluate` and `rkdo field`."""
 
 import contextlib
 import io
@@ -48,6 +48,13 @@ def _evaluate(run: Path, protocol: str, data_dir: str | None, device: str) -> No
     print(f"written: {written}")
 
 
+def _field(run: Path, out: Path | None, classes: int, images: int, data_dir: str | None) -> None:
+    from rkdo.field import picture
+
+    path = picture(run, out, classes=classes, images=images, data_dir=data_dir)
+    print(f"written: {path}")
+
+
 def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Callable[[], None]:
     """What `arguments` ask for, ready to be called.
 
@@ -94,7 +101,28 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
         """
         return lambda: _evaluate(run, protocol, data_dir, device)
 
-    commands: dict[str, Any] = {"train": train, "evaluate": evaluate}
+    def field(
+        run: tyro.conf.Positional[Path],
+        out: Path | None = None,
+        classes: int = 10,
+        images: int = 30,
+        data_dir: str | None = None,
+    ) -> Callable[[], None]:
+        """Draw a run's response field: a block of it ordered by label, and how it changed.
+
+        Args:
+            run: Folder of the run.
+            out: The picture, a PNG. None: field.png in RUN.
+            classes: How many classes are shown, spread over all.
+            images: How many images of each.
+            data_dir: Where the images are. None: where they were.
+        """
+        for name, value in (("classes", classes), ("images", images)):
+            if value < 1:
+                raise UserError(f"--{name} must be at least 1, got {value}")
+        return lambda: _field(run, out, classes, images, data_dir)
+
+    commands: dict[str, Any] = {"train": train, "evaluate": evaluate, "field": field}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

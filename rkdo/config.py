@@ -8,11 +8,28 @@ from rkdo.errors import UserError
 
 Dataset = Literal["digits", "cifar10", "cifar100", "stl10", "folder"]
 Method = Literal["rkdo", "icon", "infonce"]
+HISTORY = 4
 
 # What a resumed run may change: how long and where it runs, not what it computes.
 CHANGEABLE = frozenset(
-    {"epochs", "evaluate_every", "checkpoint_every", "workers", "data_dir", "download", "device"}
-)
+    {
+        "epochs", "stop_slope", "stop_window", "evaluate_every", "checkpoint_every", "workers",
+        "data_dir", "download", "device",
+    }
+)  # fmt: skip
+# Settings that only one value of another setting reads.
+NEEDS = {
+    "recursion": ("method", ("rkdo",)),
+    "icon_weight": ("method", ("rkdo",)),
+    "alpha_schedule": ("method", ("rkdo",)),
+    "alpha_final": ("alpha_schedule", ("linear", "cosine")),
+    "depth": ("recursion", ("batch",)),
+    "cooling": ("recursion", ("batch",)),
+    "detach_target": ("recursion", ("batch",)),
+    "history": ("recursion", ("snapshot",)),
+    "field_dtype": ("recursion", ("dense", "snapshot")),
+    "update_every": ("recursion", ("dense", "snapshot")),
+}
 
 
 @dataclass(frozen=True)
@@ -42,14 +59,35 @@ class TrainConfig:
     """The objective."""
     temperature: float | None = None
     """Temperature of the similarities. None: 0.5 for rkdo and icon, 0.1 for infonce."""
+    temperature_decay: float = 0.0
+    """By how much the temperature falls, in equal steps, over the whole training, 0 to below 1."""
+    recursion: Literal["batch", "dense", "snapshot"] = "batch"
+    """rkdo: what the target recurs over. batch: DEPTH times in every batch, from the identity.
+    dense, snapshot: the steps of training, in a response field over all training images, whole or
+    made anew from the embeddings of each image's last HISTORY visits."""
     alpha: float = 0.5
     """rkdo: share of the learned distribution in the next target, 0 to 1."""
+    alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """rkdo: how alpha goes from ALPHA to ALPHA_FINAL over the whole training."""
+    alpha_final: float | None = None
+    """rkdo: where a schedule of alpha ends, 0 to 1. None: 0."""
     depth: int = 3
-    """rkdo: number of recursions."""
+    """rkdo, recursion in the batch: number of recursions."""
     cooling: float = 0.1
-    """rkdo: by how much the temperature has fallen at the last recursion, 0 to below 1."""
+    """rkdo, recursion in the batch: by how much the temperature has fallen at the last recursion,
+    0 to below 1."""
     detach_target: bool = False
-    """rkdo: no gradient through the target."""
+    """rkdo, recursion in the batch: no gradient through the target (through a field's none ever
+    flows)."""
+    history: int | None = None
+    """snapshot: visits of an image that are kept. None: 4."""
+    field_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """dense, snapshot: how the field is stored. auto: bfloat16 for snapshot, else DTYPE."""
+    update_every: Literal["step", "epoch"] = "step"
+    """dense, snapshot: when the field takes up what was learned: every batch at once, or an
+    epoch's images together at its end."""
+    icon_weight: float = 0.0
+    """rkdo: share w of I-Con in the loss, (1 - w) RKDO + w I-Con, 0 to 1."""
     debias: float = 0.2
     """icon: share of the uniform distribution in the target, 0 to 1."""
     kernel: Literal["gaussian", "student"] = "gaussian"
@@ -59,6 +97,11 @@ class TrainConfig:
     """Passes over the training images, or over STEPS_PER_EPOCH batches."""
     steps_per_epoch: int | None = None
     """Batches in an epoch. None: all the training images; the paper has 11."""
+    stop_slope: float | None = None
+    """Stop when the loss falls by less than this an epoch: the least-squares slope over the last
+    STOP_WINDOW epochs. None: never."""
+    stop_window: int = 5
+    """Epochs that the slope is taken over, at least 2."""
     batch_size: int = 64
     """Images in a batch, over all ranks together."""
     lr: float = 1e-3
@@ -92,15 +135,41 @@ class TrainConfig:
         _check(self, "lr", "above 0", lambda v: 0 < v < math.inf)
         _check(self, "weight_decay", "at least 0", lambda v: 0 <= v < math.inf)
         _check(self, "seed", "between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63)
+        _check(self, "temperature_decay", "between 0 and 0.999", lambda v: 0 <= v <= 0.999)
+        _check(self, "alpha_final", "between 0 and 1", lambda v: v is None or 0 <= v <= 1)
+        _check(self, "history", "at least 1", lambda v: v is None or v >= 1)
+        _check(self, "icon_weight", "between 0 and 1", lambda v: 0 <= v <= 1)
+        _check(self, "stop_slope", "at least 0", lambda v: v is None or 0 <= v < math.inf)
+        _check(self, "stop_window", "at least 2", lambda v: v >= 2)
         for name in ("projection", "depth", "epochs", "checkpoint_every"):
             _check(self, name, "at least 1", lambda v: v >= 1)
         for name in ("workers", "evaluate_every"):
             _check(self, name, "at least 0", lambda v: v >= 0)
+        for field in fields(self):
+            if field.name in NEEDS and getattr(self, field.name) != field.default:
+                _check_needed(self, field.name, *NEEDS[field.name])
 
     @property
     def size(self) -> int:
         """Side of the square images."""
         return self.image_size or (64 if self.dataset in ("stl10", "folder") else 32)
+
+    @property
+    def first_temperature(self) -> float:
+        """The temperature that training begins with."""
+        return self.temperature or (0.1 if self.method == "infonce" else 0.5)
+
+    @property
+    def storage(self) -> str:
+        """The dtype that a response field is stored in."""
+        if self.field_dtype != "auto":
+            return self.field_dtype
+        return "bfloat16" if self.recursion == "snapshot" else self.dtype
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a step depends on how long the whole training is."""
+        return self.alpha_schedule != "constant" or self.temperature_decay > 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,6 +192,12 @@ def check_resumable(old: TrainConfig, new: TrainConfig) -> None:
                 f"{flag(field.name)} {now} conflicts with the run being resumed, which has {was}: "
                 f"leave {flag(field.name)} out, or start another run"
             )
+    if new.scheduled and new.epochs != old.epochs:
+        name = "temperature_decay" if new.temperature_decay else "alpha_schedule"
+        raise UserError(
+            f"--epochs {new.epochs} conflicts with the run being resumed, whose {flag(name)} "
+            f"ends with its {old.epochs} epochs: leave --epochs out, or start another run"
+        )
 
 
 def flag(name: str) -> str:
@@ -134,6 +209,15 @@ def _check(config: TrainConfig, name: str, wanted: str, holds: Any) -> None:
     value = getattr(config, name)
     if not holds(value):
         raise UserError(f"{flag(name)} must be {wanted}, got {value}")
+
+
+def _check_needed(config: TrainConfig, name: str, other: str, wanted: tuple[str, ...]) -> None:
+    found = getattr(config, other)
+    if found not in wanted:
+        raise UserError(
+            f"{flag(name)} {getattr(config, name)} needs {flag(other)} {' or '.join(wanted)}, "
+            f"got {found}"
+        )
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

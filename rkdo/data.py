@@ -192,19 +192,19 @@ def _to_network() -> list[nn.Module]:
 
 
 class TwoViews(Dataset):
-    """`views[epoch, index]`: two random views of an image, the same ones whenever asked."""
+    """`views[epoch, index]`: two random views of an image, always the same ones, and the index."""
 
     def __init__(self, images: Images, augment: nn.Module, seed: int) -> None:
         self.images = images
         self.augment = augment
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = key
         image = self.images[index]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            return self.augment(image), self.augment(image)
+            return self.augment(image), self.augment(image), index
 
 
 class PlainViews(Dataset):
@@ -259,7 +259,10 @@ def seed_of(*parts: int) -> int:
 
 
 def training_loader(images: Images, config: TrainConfig, batches: Batches) -> DataLoader:
-    """Batches of (first views, second views), each float32 [rows, 3, size, size]."""
+    """Batches of (first views, second views, which images they are of).
+
+    The views are float32 [rows, 3, size, size], the images' places in `images` int64 [rows].
+    """
     return DataLoader(
         TwoViews(images, augmentation(config), config.seed),
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,12 @@ class Ranks:
         held = torch.tensor(value, device=self.device)
         dist.all_reduce(held, op=dist.ReduceOp.MAX)
         return int(held)
+
+    def gather(self, value: T) -> list[T] | None:
+        """All ranks' values in their order, on the first; None on the others."""
+        gathered: list[Any] | None = [None] * self.size if self.first else None
+        dist.gather_object(value, gathered, dst=0)
+        return gathered
 
     def on_first(self, action: Callable[[], T]) -> T:
         """What `action` returns, or the UserError it raises, on rank 0; handed to every rank."""

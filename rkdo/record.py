@@ -4,6 +4,7 @@ config.json            settings, versions, commit; what makes a folder a run
 metrics.jsonl          a line per step and per evaluation
 checkpoint.pt          everything needed to go on
 curves.png             loss and metrics over the steps
+field.png              the response field, if the run has one and it was asked for
 encoder.safetensors    the trained backbone
 """
 
@@ -26,12 +27,13 @@ from rkdo.config import TrainConfig
 from rkdo.errors import UserError
 
 FORMAT = "rkdo-checkpoint"
-VERSION = 1
+VERSION = 2
 PACKAGES = ("rkdo-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn")
 OURS = (  # in the order in which --overwrite removes them
     "checkpoint.pt",
     "metrics.jsonl",
     "curves.png",
+    "field.png",
     "encoder.safetensors",
     "evaluation.json",
     "evaluation-paper.json",
@@ -70,6 +72,7 @@ class Run:
         self.checkpoint = folder / "checkpoint.pt"
         self.metrics = folder / "metrics.jsonl"
         self.curves = folder / "curves.png"
+        self.field = folder / "field.png"
         self.encoder = folder / "encoder.safetensors"
         self._lines: IO[bytes] | None = None
 

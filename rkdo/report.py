@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rkdo.evaluate import LABELS
 from rkdo.record import write_atomically
 
@@ -42,4 +44,48 @@ def draw_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
         )
     right.set(xlabel="step", ylim=(0, 1.02), title="test images")
     right.legend(fontsize="small")
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def draw_field(
+    block: Tensor,  # [N, N], rows that sum to one
+    labels: Tensor,  # [N], in order
+    metrics: list[dict[str, Any]],
+    title: str,
+    path: Path,
+) -> None:
+    """The field's block as a heat map on the left, its rows' entropy and purity by epoch on the
+    right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    n = len(labels)
+    # From a hundredth of the uniform share up, in decades: the diagonal outweighs all else.
+    shown = left.imshow(
+        block.double().cpu().numpy(), norm=LogNorm(0.01 / n, 1, clip=True), cmap="magma"
+    )
+    figure.colorbar(shown, ax=left, label="mass in the row")
+    kinds, counts = labels.unique(return_counts=True)
+    ends = counts.cumsum(0)
+    for end in ends[:-1].tolist():
+        left.axhline(end - 0.5, color="white", linewidth=0.4)
+        left.axvline(end - 0.5, color="white", linewidth=0.4)
+    left.set_xticks((ends - (counts + 1) / 2).tolist(), kinds.tolist())
+    left.set_yticks((ends - (counts + 1) / 2).tolist(), kinds.tolist())
+    left.set(xlabel="label", ylabel="label", title=title)
+
+    lines = [line for line in metrics if "field_entropy" in line]
+    epochs = [line["epoch"] for line in lines]
+    right.plot(epochs, [line["field_entropy"] for line in lines], "o-", label="row entropy (nats)")
+    right.plot([], [], "s-", color="C1", label="class purity")
+    right.set(xlabel="epoch", ylabel="row entropy (nats)", title="mean over the rows")
+    right.set_ylim(bottom=0)
+    right.legend(loc="lower left")
+    purity = right.twinx()
+    purity.plot(epochs, [line["field_purity"] for line in lines], "s-", color="C1")
+    purity.set(ylabel="mass on the own class", ylim=(0, 1.02))
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -1,6 +1,7 @@
 """Training, from the first image to the last checkpoint."""
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ from rkdo.data import Batches, Data, load_data, training_loader
 from rkdo.encoder import Encoder, build_encoder
 from rkdo.errors import Stopped, TrainingError, UserError
 from rkdo.evaluate import evaluate
+from rkdo.field import TrainingField
 from rkdo.interrupt import StopRequest, listening
 from rkdo.objective import build_objective
 from rkdo.ranks import Ranks, joined_ranks
 from rkdo.record import Run
 from rkdo.report import draw_curves
+from rkdo.schedule import alpha_at, levelled_off, temperature_at
 
 
 @dataclass
@@ -30,6 +33,9 @@ class State:
 
     encoder: Encoder
     optimizer: torch.optim.Optimizer
+    field: TrainingField | None = None
+    losses: tuple[float, ...] = ()  # the epochs' means
+    loss_sum: float = 0.0  # over this epoch's steps
     step: int = 0
     evaluated: int = -1  # the last step whose evaluation is in the metrics
     metrics_size: int = 0
@@ -65,10 +71,13 @@ def train(
         adam = torch.optim.Adam(
             encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay
         )
-        state = State(encoder, adam, images=len(data.train.labels))
+        labels = data.train.labels
+        state = State(encoder, adam, images=len(labels))
+        if config.recursion != "batch":
+            state.field = TrainingField(config, labels, ranks)
         with stop.deferred():
             if resume:
-                _restore(run, config, state, len(data.train.labels), steps_per_epoch)
+                _restore(run, config, state, len(labels), steps_per_epoch)
             ranks.on_first(lambda: _begin(run, config, state, resume))
             try:
                 _train(config, run, state, data, steps_per_epoch, ranks, stop)
@@ -90,7 +99,7 @@ def _train(
     if ranks.size > 1:
         synchronise_batch_norm(encoder)
         encoder = DistributedDataParallel(encoder, broadcast_buffers=False)
-    objective = build_objective(config)
+    objective = build_objective(config, state.field)
     n_steps = config.epochs * steps_per_epoch
     batches = Batches(
         n_images=len(data.train.labels),
@@ -108,17 +117,21 @@ def _train(
     )
     with progress:
         while True:
-            if ranks.first and _evaluation_due(config, state, steps_per_epoch, n_steps):
+            ended = state.step == n_steps or levelled_off(config, state.losses)
+            if ranks.first and _evaluation_due(config, state, steps_per_epoch, ended):
                 _evaluate(config, run, state, data, steps_per_epoch, stop, progress)
             _stop_if_asked(run, config, state, ranks, stop)
-            if state.step == n_steps:
+            if ended:
+                if ranks.first and state.step < n_steps:
+                    progress.write("the loss has levelled off (--stop-slope)", file=sys.stderr)
                 break
 
             started = time.perf_counter()
-            first, second = next(loader)
+            first, second, index = next(loader)
             views = torch.cat([first, second]).to(ranks.device, state.dtype)
             queries, keys = encoder(views).chunk(2)
-            loss: Tensor = objective(queries, keys)
+            done = state.step / n_steps
+            loss: Tensor = objective(queries, keys, index.to(ranks.device), done)
             loss.backward()
             mean_loss = ranks.mean(loss.detach())
             norm = _gradient_norm(encoder)
@@ -130,6 +143,10 @@ def _train(
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.step += 1
+            state.loss_sum += mean_loss
+            measures = {}
+            if state.step % steps_per_epoch == 0:
+                measures = _end_epoch(config, state, steps_per_epoch, done)
 
             if ranks.first:
                 speed = config.batch_size / (time.perf_counter() - started)
@@ -140,14 +157,28 @@ def _train(
                         "loss": mean_loss,
                         "gradient_norm": norm,
                         "images_per_second": round(speed, 1),
+                        **measures,
                     }
                 )
                 progress.update()
                 progress.set_postfix_str(f"loss {mean_loss:.4f}, {speed:.0f} images/s", False)
-                if state.step % config.checkpoint_every == 0:
-                    _save(run, config, state)
+            if state.step % config.checkpoint_every == 0:
+                _save(run, config, state, ranks)
+    _save(run, config, state, ranks)
     if ranks.first:
         _finish(run, config, state)
+
+
+def _end_epoch(
+    config: TrainConfig, state: State, steps_per_epoch: int, done: float
+) -> dict[str, float]:
+    """What the field has become; with `done` of the training behind the epoch's last step."""
+    state.losses += (state.loss_sum / steps_per_epoch,)
+    state.loss_sum = 0.0
+    if state.field is None:
+        return {}
+    state.field.end_epoch(temperature_at(config, done), alpha_at(config, done))
+    return state.field.measures()
 
 
 def _check_folder(run: Run, config: TrainConfig, resume: bool, overwrite: bool) -> None:
@@ -206,6 +237,13 @@ def _restore(
         state.optimizer.load_state_dict(saved["optimizer"])
         state.step, state.evaluated = saved["step"], saved["evaluated"]
         state.metrics_size = saved["metrics_size"]
+        state.losses, state.loss_sum = saved["losses"], saved["loss_sum"]
+        if not all(type(loss) is float for loss in (*state.losses, state.loss_sum)):
+            raise ValueError("losses that are not")
+        if (saved["field"] is None) != (state.field is None):
+            raise ValueError("a field where none was, or none")
+        if state.field is not None:
+            state.field.load_state_dict(saved["field"])
         counts = (state.step, state.evaluated + 1, state.metrics_size, saved["images"])
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError("counts that are not")
@@ -228,13 +266,19 @@ def _restore(
         )
 
 
-def _save(run: Run, config: TrainConfig, state: State) -> None:
+def _save(run: Run, config: TrainConfig, state: State, ranks: Ranks) -> None:
+    field = state.field and state.field.state_dict()
+    if not ranks.first:
+        return
     state.metrics_size = run.sync_metrics()
     run.save_checkpoint(
         {
             "config": config.to_dict(),
             "encoder": state.encoder.state_dict(),
             "optimizer": state.optimizer.state_dict(),
+            "field": field,
+            "losses": state.losses,
+            "loss_sum": state.loss_sum,
             "step": state.step,
             "evaluated": state.evaluated,
             "metrics_size": state.metrics_size,
@@ -247,11 +291,11 @@ def _save(run: Run, config: TrainConfig, state: State) -> None:
     )
 
 
-def _evaluation_due(config: TrainConfig, state: State, steps_per_epoch: int, n_steps: int) -> bool:
+def _evaluation_due(config: TrainConfig, state: State, steps_per_epoch: int, ended: bool) -> bool:
     if state.evaluated == state.step:
         return False
     every = config.evaluate_every * steps_per_epoch
-    return state.step in (0, n_steps) or (every > 0 and state.step % every == 0)
+    return ended or state.step == 0 or (every > 0 and state.step % every == 0)
 
 
 def _evaluate(
@@ -279,8 +323,7 @@ def _stop_if_asked(
 ) -> None:
     signum = ranks.largest(stop.signum)
     if signum:
-        if ranks.first:
-            _save(run, config, state)
+        _save(run, config, state, ranks)
         raise Stopped(
             signum,
             f"stopped after step {state.step}; rkdo train --resume --out {run.folder} goes on",
@@ -293,7 +336,6 @@ def _gradient_norm(encoder: nn.Module) -> float:
 
 
 def _finish(run: Run, config: TrainConfig, state: State) -> None:
-    _save(run, config, state)
     about = {"architecture": "resnet18", "stem": config.stem, "image_size": str(config.size)}
     run.save_encoder(state.encoder.backbone.state_dict(), about)
     draw_curves(run.read_metrics(), f"{config.method} on {config.dataset}", run.curves)

@@ -27,6 +27,20 @@ from rkdo.errors import UserError
         ("alpha", -0.1),
         ("alpha", 1.1),
         ("alpha", float("nan")),
+        ("alpha_schedule", "exponential"),
+        ("alpha_final", -0.1),
+        ("alpha_final", 1.1),
+        ("recursion", "sparse"),
+        ("history", 0),
+        ("field_dtype", "float16"),
+        ("update_every", "batch"),
+        ("icon_weight", -0.1),
+        ("icon_weight", 1.1),
+        ("temperature_decay", 1.0),
+        ("temperature_decay", -0.1),
+        ("stop_slope", -1e-3),
+        ("stop_slope", float("nan")),
+        ("stop_window", 1),
         ("depth", 0),
         ("depth", 2.0),
         ("depth", True),
@@ -60,6 +74,49 @@ def test_the_defaults_are_the_papers():
     assert (config.method, config.depth, config.alpha, config.cooling) == ("rkdo", 3, 0.5, 0.1)
     assert (config.lr, config.weight_decay, config.batch_size) == (1e-3, 1e-5, 64)
     assert (config.debias, config.projection, config.stem) == (0.2, 64, "imagenet")
+    assert (config.recursion, config.icon_weight, config.scheduled) == ("batch", 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "icon", "recursion": "dense"},
+         "--recursion dense needs --method rkdo, got icon"),
+        ({"method": "infonce", "icon_weight": 0.5},
+         "--icon-weight 0.5 needs --method rkdo, got infonce"),
+        ({"method": "icon", "alpha_schedule": "linear"},
+         "--alpha-schedule linear needs --method rkdo, got icon"),
+        ({"alpha_final": 0.1}, "--alpha-final 0.1 needs --alpha-schedule linear or cosine, got"),
+        ({"history": 2}, "--history 2 needs --recursion snapshot, got batch"),
+        ({"history": 2, "recursion": "dense"}, "--history 2 needs --recursion snapshot, got dense"),
+        ({"field_dtype": "float32"}, "--field-dtype float32 needs --recursion dense or snapshot"),
+        ({"update_every": "epoch"}, "--update-every epoch needs --recursion dense or snapshot"),
+        ({"depth": 2, "recursion": "dense"}, "--depth 2 needs --recursion batch, got dense"),
+        ({"cooling": 0.0, "recursion": "snapshot"}, "--cooling 0.0 needs --recursion batch"),
+        ({"detach_target": True, "recursion": "dense"}, "--detach-target True needs --recursion"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_nothing_would_read_are_refused(settings, said):
+    with pytest.raises(UserError) as caught:
+        TrainConfig(**settings)
+    assert str(caught.value).startswith(said)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"recursion": "dense"}, "float32"),
+        ({"recursion": "dense", "dtype": "float64"}, "float64"),
+        ({"recursion": "dense", "field_dtype": "bfloat16"}, "bfloat16"),
+        ({"recursion": "snapshot"}, "bfloat16"),
+        ({"recursion": "snapshot", "field_dtype": "float32"}, "float32"),
+    ],
+    ids=str,
+)
+def test_a_field_is_stored_as_suits_its_kind_unless_given(settings, dtype):
+    assert TrainConfig(**settings).storage == dtype
 
 
 @pytest.mark.parametrize(
@@ -89,13 +146,21 @@ OTHER = {
     "depth": 2, "cooling": 0.0, "detach_target": True, "debias": 0.1, "kernel": "student",
     "epochs": 99, "steps_per_epoch": 3, "batch_size": 32, "lr": 0.1, "weight_decay": 0.0,
     "seed": 1, "dtype": "float64", "device": "cpu", "workers": 3, "evaluate_every": 0,
-    "checkpoint_every": 7,
+    "checkpoint_every": 7, "temperature_decay": 0.5, "recursion": "snapshot",
+    "alpha_schedule": "linear", "alpha_final": 0.1, "history": 2, "field_dtype": "float64",
+    "update_every": "epoch", "icon_weight": 0.5, "stop_slope": 0.1, "stop_window": 3,
 }  # fmt: skip
+ALONG = {  # what a setting needs beside it
+    "alpha_final": {"alpha_schedule": "cosine"},
+    "history": {"recursion": "snapshot"},
+    "field_dtype": {"recursion": "dense"},
+    "update_every": {"recursion": "dense"},
+}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
 def test_resuming_may_change_where_and_how_long_but_not_what(name):
-    old = TrainConfig()
+    old = TrainConfig(**ALONG.get(name, {}))
     new = replace(old, **{name: OTHER[name]})
     check_resumable(old, old)
     if name in CHANGEABLE:
@@ -103,3 +168,18 @@ def test_resuming_may_change_where_and_how_long_but_not_what(name):
     else:
         with pytest.raises(UserError, match="--" + name.replace("_", "-")):
             check_resumable(old, new)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"alpha_schedule": "linear"}, "--alpha-schedule"),
+        ({"temperature_decay": 0.5}, "--temperature-decay"),
+    ],
+    ids=str,
+)
+def test_a_schedule_ends_with_the_epochs_it_was_made_for(settings, named):
+    old = TrainConfig(epochs=2, **settings)
+    check_resumable(old, replace(old, workers=1))
+    with pytest.raises(UserError, match=f"^--epochs 4 conflicts with .* whose {named} ends with "):
+        check_resumable(old, replace(old, epochs=4))

@@ -235,7 +235,8 @@ def test_views_depend_on_seed_epoch_and_index_alone():
     data = load_data(TrainConfig())
     augment = augmentation(TrainConfig())
     views = TwoViews(data.train, augment, seed=7)
-    first, second = views[3, 11]
+    first, second, index = views[3, 11]
+    assert index == 11
     assert not torch.equal(first, second)
     torch.manual_seed(123)
     views[0, 0]
@@ -267,6 +268,19 @@ def test_workers_make_the_same_batches():
         assert a[0].shape == (8, 3, 32, 32)
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
+        assert torch.equal(a[2], b[2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_say_which_images_they_are_of(workers):
+    data = load_data(TrainConfig())
+    batches = Batches(n_images=1437, batch_size=8, steps_per_epoch=2, epochs=2, seed=1, start=1)
+    loader = training_loader(data.train, TrainConfig(workers=workers), batches)
+    for keys, (first, _, index) in zip(batches, loader, strict=True):
+        assert index.dtype == torch.int64
+        assert index.tolist() == [key[1] for key in keys]
+        alone = TwoViews(data.train, augmentation(TrainConfig()), seed=TrainConfig().seed)
+        assert torch.equal(first[3], alone[keys[3]][0])
 
 
 def test_the_papers_augmentations_reach_both_flips_and_stay_in_range():

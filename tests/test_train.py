@@ -12,21 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from runs import (
+    COMMAND,
+    METRICS,
+    SHORT,
+    assert_same,
+    environment,
+    metrics_of,
+    quicken,
+    signal_at,
+    state_of,
+    torchrun,
+    write_digits,
+)
 from torch import nn
 
 import rkdo.train
 from rkdo.config import TrainConfig
-from rkdo.data import load_data
 from rkdo.errors import Stopped, TrainingError, UserError
-from rkdo.evaluate import LABELS
 from rkdo.record import Run
 from rkdo.train import train
-
-ROOT = Path(__file__).parent.parent
-SHORT = TrainConfig(epochs=2, steps_per_epoch=3, batch_size=16, checkpoint_every=2, device="cpu")
-COMMAND = ["--epochs", "2", "--steps-per-epoch", "3", "--batch-size", "16", "--device", "cpu"]
-METRICS = dict.fromkeys(LABELS, 0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -34,26 +39,6 @@ def _clean_up(tmp_path):
     """A checkpoint of ResNet-18 has 130 MB: pytest would keep hundreds of them."""
     yield
     shutil.rmtree(tmp_path)
-
-
-class SmallEncoder(nn.Module):
-    """An encoder with batch norm and a projector, of a millionth of ResNet-18's cost."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(
-            nn.Conv2d(3, 8, 5, stride=4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
-            nn.Linear(392, 16),
-        )  # fmt: skip
-        self.projector = nn.Linear(16, 8)
-
-    def forward(self, images):
-        return nn.functional.normalize(self.projector(self.backbone(images)), dim=1)
-
-
-def quicken(patch):
-    patch.setattr(rkdo.train, "build_encoder", lambda config: SmallEncoder())
-    patch.setattr(rkdo.train, "evaluate", lambda encoder, data, config: dict(METRICS))
 
 
 @pytest.fixture
@@ -70,38 +55,6 @@ def quick_run(tmp_path_factory):
         quicken(patch)
         train(SHORT, folder)
     return folder
-
-
-def assert_same(a, b, where="checkpoint"):
-    """Bit for bit, all the way down."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, where
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}[{key!r}]")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
-
-
-def state_of(folder):
-    """The checkpoint, less what depends on how long anything took."""
-    saved = Run(folder).load_checkpoint()
-    assert saved is not None
-    del saved["metrics_size"]
-    return saved
-
-
-def metrics_of(folder):
-    """The metrics, less what depends on how long anything took."""
-    lines = Run(folder).read_metrics()
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -161,18 +114,6 @@ def test_every_method_and_stem_trains(method, stem, tmp_path, monkeypatch):
 
 
 # --- stopping -------------------------------------------------------------------------------------
-
-
-def signal_at(monkeypatch, step, signum):
-    """Send `signum` to this process while `step` is being written down."""
-    write = Run.write_metrics
-
-    def write_and_signal(run, values):
-        write(run, values)
-        if values["step"] == step:
-            os.kill(os.getpid(), signum)
-
-    monkeypatch.setattr(Run, "write_metrics", write_and_signal)
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 5, 6])
@@ -348,7 +289,7 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_kept(damage, quick_run, tmp
 
 def test_a_checkpoint_is_tensors_and_primitives_alone(quick_run):
     saved = torch.load(quick_run / "checkpoint.pt", weights_only=True)
-    assert (saved["format"], saved["version"], saved["step"]) == ("rkdo-checkpoint", 1, 6)
+    assert (saved["format"], saved["version"], saved["step"]) == ("rkdo-checkpoint", 2, 6)
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -356,14 +297,14 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(poison, tmp_path, m
     build = rkdo.train.build_objective
 
     class Poisoned(nn.Module):
-        def __init__(self, config):
+        def __init__(self, config, field):
             super().__init__()
-            self.objective = build(config)
+            self.objective = build(config, field)
             self.calls = 0
 
-        def forward(self, queries, keys):
+        def forward(self, queries, keys, index, done):
             self.calls += 1
-            loss = self.objective(queries, keys)
+            loss = self.objective(queries, keys, index, done)
             if self.calls < 4:
                 return loss
             root = (queries - queries.detach()).abs().sum().sqrt()  # 0, with an infinite slope
@@ -379,17 +320,6 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(poison, tmp_path, m
 
 
 # --- other processes ------------------------------------------------------------------------------
-
-
-def environment(**more):
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    threads = str(torch.get_num_threads())
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": threads,
-        **more,
-    }
 
 
 def start(folder, *arguments):
@@ -450,26 +380,6 @@ def test_the_command_saves_and_says_how_to_go_on(signum, code, tmp_path):
     assert "Traceback" not in errors
 
 
-def torchrun(folder, *arguments):
-    return subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "-m", "rkdo", "train", "--out", str(folder), *arguments,
-        ],
-        env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-
-
-def write_digits(root, n_train, n_test):
-    """Real digits as a folder of PNGs: few, so that evaluating them is quick."""
-    for part, n in (("train", n_train), ("test", n_test)):
-        images = getattr(load_data(TrainConfig()), part)
-        for i in range(n):
-            folder = root / part / str(int(images.labels[i]) % 2)
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[i][0].numpy()).save(folder / f"{i:03}.png")
-
-
 def test_two_ranks_give_what_one_gives(tmp_path):
     """Float64, the whole of ResNet-18 with its batch norms, Adam, four steps.
 
@@ -520,7 +430,8 @@ def test_a_batch_that_ranks_cannot_share_is_one_line(tmp_path):
     "damage",
     [
         {"step": "x"}, {"step": 1.5}, {"step": -5}, {"optimizer": None}, {"metrics_size": -3},
-        {"metrics_size": "x"}, {"evaluated": None}, {"images": None},
+        {"metrics_size": "x"}, {"evaluated": None}, {"images": None}, {"losses": None},
+        {"losses": (1,)}, {"loss_sum": None}, {"field": {}},
     ],
     ids=str,
 )  # fmt: skip
