@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,8 +35,10 @@ class Problem:
         self.offset = checks.pairing(queries, keys, positive_offset) if paired else 0
         self.backend = launch.backend_for(backend, self.queries)
         self.bound = bound
+        self.held = bound is None  # to the bound, by whoever has looked at the rows' lengths
+        self.validity: Tensor | None = None  # [N], factors for the rows' losses
         if self.queries.device.type == "cpu":
-            _ = self.validity  # which raises
+            self.hold_to_bound()  # which raises
         self.temperature = temperature
         if isinstance(temperature, Tensor):
             valid = (temperature > 0) & torch.isfinite(temperature)
@@ -45,12 +46,11 @@ class Problem:
             if temperature.device != self.queries.device:
                 self.temperature = self.temperature.to(self.queries.device)
 
-    @cached_property
-    def validity(self) -> Tensor | None:  # [N]
-        """Factors for the rows' losses, if they have to be held to the bound yet."""
-        if self.bound is None:
-            return None
-        return checks.within_bound(self.queries, self.keys, self.bound)
+    def hold_to_bound(self) -> None:
+        if not self.held:
+            assert self.bound is not None
+            self.held = True
+            self.validity = checks.within_bound(self.queries, self.keys, self.bound)
 
     def materialised(self) -> AbstractContextManager:
         """For reference.py: its matrix products too stay in the inputs' dtype under autocast."""
@@ -79,6 +79,7 @@ class Problem:
         """Queries meet queries and keys meet keys: these products are held to the bound too."""
         if self.bound is None:
             return
+        self.hold_to_bound()
         for name, x in (("queries", self.queries), ("keys", self.keys)):
             validity = checks.within_bound(x, x, self.bound, (name, name))
             if validity is not None and self.validity is not None:
@@ -86,6 +87,7 @@ class Problem:
 
     def as_one(self) -> None:
         """Every row's loss depends on every other: where one is not valid none is."""
+        self.hold_to_bound()
         if self.validity is not None:
             self.validity = self.validity.mean()
 
@@ -100,6 +102,7 @@ class Problem:
         return self.keys.narrow(0, self.offset, self.queries.shape[0])
 
     def reduce(self, rows: Tensor, reduction: str) -> Tensor:
+        self.hold_to_bound()
         validity = self.validity
         if reduction == "none":
             if validity is not None:

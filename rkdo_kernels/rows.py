@@ -33,7 +33,7 @@ def rkdo_from_moments(
     wanted = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
     gradient = at_once and wanted and reduction != "none"
     if gradient and problem.backend == "triton":
-        problem.validity = None  # the kernel's own
+        problem.held = True  # by the kernel
     loss, *_ = ops.recursion_moments(
         queries, keys, scales, alpha, bound, degree, [problem.offset, *exclude], detach_target,
         gradient, problem.backend,
