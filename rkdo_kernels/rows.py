@@ -43,11 +43,12 @@ def rkdo_from_moments(
 
 def one_hot(problem: Problem, reduction: str, exclude: Sequence[int] = ()) -> Tensor:  # [N]
     """−log q at the positive, q = softmax(S / τ) off the diagonals in `exclude`."""
-    if not odds_are_safe(problem):
+    temperature = problem.temperature
+    if isinstance(temperature, Tensor) or not odds_are_safe(problem):
         others = logsumexp(problem, [problem.offset, *exclude])
         logit = problem.inverse_temperature() * problem.positive_similarities()
         return torch.logaddexp(others - logit, torch.zeros_like(logit))
-    scales = [1 / problem.temperature] * 2
+    scales = [1 / temperature] * 2
     return rkdo_from_moments(problem, 0, scales, 0.0, False, reduction, exclude)
 
 
