@@ -14,6 +14,8 @@ class Initial:
     def __init__(self, given: str | Tensor, n: int, device: torch.device | None) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.most = 1  # neighbours of a sample
+        on_mps = device is not None and device.type == "mps"
+        self.dtype = torch.float32 if on_mps else torch.float64
         if isinstance(given, str) and given == "identity":
             return
         if not isinstance(given, Tensor):
@@ -37,8 +39,7 @@ class Initial:
 
     def rows(self, start: int, stop: int, n: int, device: torch.device) -> Tensor:
         """p⁰ of a range of samples, [stop − start, n] float64 (float32 where there is none)."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        p = torch.zeros(stop - start, n, dtype=dtype, device=device)
+        p = torch.zeros(stop - start, n, dtype=self.dtype, device=device)
         if "labels" in self.tensors:
             labels = self.tensors["labels"]
             p.copy_(labels[start:stop, None] == labels)
@@ -47,7 +48,7 @@ class Initial:
             first, col, value = (self.tensors[name] for name in ("first", "col", "value"))
             inside = slice(int(first[start]), int(first[stop]))
             row = torch.repeat_interleave(first[start : stop + 1].diff())
-            return p.index_put_((row, col[inside]), value[inside].to(dtype), accumulate=True)
+            return p.index_put_((row, col[inside]), value[inside].to(self.dtype), accumulate=True)
         p.diagonal(start).fill_(1)
         return p
 
@@ -65,9 +66,9 @@ class Initial:
             ordered = of_cols.sort().values
             last = torch.searchsorted(ordered, of_rows, right=True)
             count = last - torch.searchsorted(ordered, of_rows)
-            return 1 / count[:, None].float(), None, of_rows, of_cols
+            return 1 / count[:, None].to(self.dtype), None, of_rows, of_cols
         if "first" not in self.tensors:
-            return torch.ones_like(own[:, None], dtype=torch.float32), own[:, None], None, None
+            return torch.ones_like(own[:, None], dtype=self.dtype), own[:, None], None, None
         first, col, value = (self.tensors[name] for name in ("first", "col", "value"))
         at = first[samples, None] + torch.arange(self.most, device=index.device)
         there = at < first[samples + 1, None]
@@ -84,7 +85,8 @@ def neighbours(given: Tensor, n: int) -> dict[str, Tensor]:
     """A sparse CSR tensor's rows, normalised; an empty one is the sample itself."""
     if list(given.shape) != [n, n]:
         raise ValueError(f"initial must be [{n}, {n}], got shape {list(given.shape)}")
-    value = given.values().double().cpu()
+    dtype = given.dtype if given.dtype == torch.float64 else torch.float32
+    value = given.values().cpu().double()
     if not bool((torch.isfinite(value) & (value >= 0)).all()):
         raise ValueError("initial must have finite neighbours' weights of at least 0")
     size = given.crow_indices().long().cpu().diff()
@@ -97,4 +99,4 @@ def neighbours(given: Tensor, n: int) -> dict[str, Tensor]:
     order = row.argsort(stable=True)
     first = torch.zeros(n + 1, dtype=torch.int64)
     first[1:] = row.bincount(minlength=n).cumsum(0)
-    return {"first": first, "col": col[order], "value": value[order].float()}
+    return {"first": first, "col": col[order], "value": value[order].to(dtype)}
