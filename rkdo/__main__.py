@@ -72,8 +72,9 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
 
         Args:
             out: Folder of the run.
-            resume: Go on with the run in OUT and its settings. Only epochs, evaluate-every,
-                checkpoint-every, workers, device, data-dir and download may be given anew.
+            resume: Go on with the run in OUT and its settings. Only epochs (without a schedule),
+                stop-slope, stop-window, evaluate-every, checkpoint-every, workers, device,
+                data-dir and download may be given anew.
             overwrite: Replace the run in OUT.
         """
         if resume and overwrite:

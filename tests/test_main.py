@@ -12,7 +12,7 @@ from rkdo.record import Run
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("", "train, evaluate"),
+        ("", "train, evaluate, field"),
         ("tune", "train"),
         ("train", "--out"),
         ("train --out OUT --dataset mnist", "--dataset"),
@@ -32,6 +32,16 @@ from rkdo.record import Run
         ("evaluate", "PATH"),
         ("evaluate OUT", "OUT holds no run"),
         ("evaluate OUT --protocol mine", "--protocol"),
+        ("train --out OUT --recursion sparse", "--recursion"),
+        (
+            "train --out OUT --recursion dense --method icon",
+            "--recursion dense needs --method rkdo",
+        ),
+        ("train --out OUT --history 2", "--history 2 needs --recursion snapshot, got batch"),
+        ("train --out OUT --alpha-final 0.1", "--alpha-final 0.1 needs --alpha-schedule linear or"),
+        ("field", "PATH"),
+        ("field OUT", "OUT holds no run"),
+        ("field OUT --classes 0", "--classes must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, said, tmp_path, capsys):

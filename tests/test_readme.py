@@ -5,11 +5,14 @@ import re
 import shutil
 
 import pytest
+import torch
 from bench_results import complaint, result, write
 
 from bench import demo, plot, readme, record
 from bench.__main__ import main
+from rkdo.__main__ import _parse
 from rkdo.evaluate import LABELS
+from rkdo_kernels import ResponseField
 
 TEXT = readme.README.read_text(encoding="utf-8")
 CODE = re.compile(r"```.*?```|^ {4}.*?$|`[^`]*`|\]\([^)]*\)|Apache-2.0", re.DOTALL | re.MULTILINE)
@@ -19,6 +22,17 @@ FIGURE = re.compile(
     |(?<!≥\s)\b\d+\.\d+|\b\d+e-?\d+""",
     re.VERBOSE,
 )
+# The table of recursions: what its fields take is computed here, and no other figure is in it.
+CLOCK = 16  # its seed and its count of updates
+MEMORY = re.compile(r"^\| `--recursion` \|.*?\n(?=\n)", re.DOTALL | re.MULTILINE)
+FIELDS = {
+    "`batch`": None,
+    "`dense`": lambda n: ResponseField.dense(n, device="meta"),
+    "`dense --field-dtype bfloat16`": lambda n: ResponseField.dense(
+        n, dtype=torch.bfloat16, device="meta"
+    ),
+    "`snapshot --history 4`": lambda n: ResponseField.snapshot(n, 64, history=4, device="meta"),
+}
 
 
 @pytest.fixture
@@ -40,8 +54,51 @@ def test_readme_is_what_the_files_give():
 
 
 def test_no_other_figure_stands_in_it():
-    prose = CODE.sub("", readme.BLOCK.sub("", TEXT))
+    prose = CODE.sub("", MEMORY.sub("", readme.BLOCK.sub("", TEXT)))
     assert [x.group() for x in FIGURE.finditer(prose)] == []
+
+
+def size(count):
+    unit, name = next(x for x in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if count >= x[0])
+    return f"{count / unit:#.3g} {name}"
+
+
+def test_a_fields_memory_is_what_its_tensors_take():
+    header, _, *rows = ([x.strip() for x in row.split("|")[1:-1]] for row in table(MEMORY))
+    sizes = [int(x.rpartition("n = ")[2].replace(",", "")) for x in header[2:4]]
+    assert sizes == [50_000, 1_281_167]
+    assert [row[0] for row in rows] == list(FIELDS)
+    for row in rows:
+        make = FIELDS[row[0]]
+        assert row[2:4] == [size(make(n).nbytes) if make else "none" for n in sizes]
+        assert FIGURE.findall(CODE.sub("", " ".join([row[1], *row[4:]]))) == []
+
+
+@pytest.mark.parametrize("n", [50_000, 1_281_167])
+def test_a_fields_memory_follows_from_its_formula(n):
+    entries = n * n
+    beside = 4 * n + 8 * n  # a dense field's diagonal in float32 and its rows' sums in float64
+    embeddings = n * 4 * 64 * 2  # K = 4 visits, d = 64, both views
+    visits = n * 4 * 2 * 4 + 4 * n  # alpha and scale of each in float32, and their number
+    found = {name: make(n).nbytes for name, make in FIELDS.items() if make}
+    assert found == {
+        "`dense`": 4 * entries + beside + CLOCK,
+        "`dense --field-dtype bfloat16`": 2 * entries + beside + CLOCK,
+        "`snapshot --history 4`": 2 * embeddings + visits + CLOCK,
+    }
+
+
+def table(pattern):
+    (found,) = pattern.findall(TEXT)
+    return found.splitlines()
+
+
+def test_every_training_command_is_one(tmp_path):
+    commands = re.findall(r"^ {4}(?:torchrun .* -m )?rkdo (.*?)(?: +#.*)?$", TEXT, re.MULTILINE)
+    assert len(commands) >= 8
+    for command in commands:
+        if "--resume" not in command:  # that asks for the run
+            assert callable(_parse(re.sub(r" \[.*\]", "", command).split()))
 
 
 @pytest.mark.parametrize(
