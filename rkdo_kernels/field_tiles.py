@@ -49,8 +49,8 @@ def dense_pass(
     """
     run = Run(queries, keys, scale, gradient, matrix.dtype)
     loss = run.queries.new_empty(len(queries), dtype=sums(queries))
+    stored = Stored(matrix, diagonal, rows, cols, own, start, run)
     for block in run.blocks():
-        stored = Stored(matrix, diagonal, rows, cols, own, start, block)
         p, mass, excess = stored.target(block)
         block.logits(run.keys, run.scale)
         loss[block.rows] = block.divergence(p, mass, excess)
@@ -75,8 +75,9 @@ def dense_gradient(
 ) -> tuple[Tensor, Tensor]:  # [R, D], [B, D]
     """Through  ∂L/∂S_ij = weights_i c (q_ij − p̂_ij);  arguments as in `dense_pass`."""
     run = Run(queries, keys, scale, True, matrix.dtype)
+    stored = Stored(matrix, diagonal, rows, cols, own, start, run)
     for block in run.blocks():
-        p, mass, _ = Stored(matrix, diagonal, rows, cols, own, start, block).target(block)
+        p, mass, _ = stored.target(block)
         block.logits(run.keys, run.scale)
         block.softmax()
         block.add_gradient(run, p, mass, weights[block.rows])
@@ -242,7 +243,7 @@ class Block:
 
 
 class Stored:
-    """Rows of the batch as the matrix holds them."""
+    """The batch's rows as the matrix holds them, a block of them at a time."""
 
     def __init__(
         self,
@@ -252,41 +253,39 @@ class Stored:
         cols: Tensor | None,
         own: Tensor | None,
         start: int,
-        block: Block,
+        run: Run,
     ) -> None:
+        n, width, device = len(run.queries), len(run.keys), matrix.device
         self.matrix, self.diagonal = matrix, diagonal
-        first, last, width = block.rows.start, block.rows.stop, block.q.shape[1]
-        self.view: Tensor | None = None
+        self.whole: Tensor | None = None
         if rows is None and cols is None:
-            self.view = matrix[start + first : start + last, start : start + width]
+            self.whole = matrix[start : start + n, start : start + width]
+        self.rows = torch.arange(start, start + n, device=device) if rows is None else rows
+        self.cols = torch.arange(start, start + width, device=device) if cols is None else cols
+        self.own = (torch.arange(n, device=device) if own is None else own)[:, None]
 
-        def positions(given: Tensor | None, begin: int, size: int, offset: int) -> Tensor:
-            if given is not None:
-                return given[begin : begin + size]
-            at = offset + begin
-            return torch.arange(at, at + size, device=matrix.device)
+    def read(self, rows: slice) -> Tensor:
+        if self.whole is not None:
+            return self.whole[rows]
+        return self.matrix[self.rows[rows, None], self.cols]
 
-        self.rows = positions(rows, first, last - first, start)
-        self.cols = positions(cols, 0, width, start)
-        self.own = positions(own, first, last - first, 0)[:, None]
-
-    def read(self) -> Tensor:
-        return self.matrix[self.rows[:, None], self.cols] if self.view is None else self.view
-
-    def write(self, entries: Tensor) -> None:
-        if self.view is None:
-            self.matrix[self.rows[:, None], self.cols] = entries.to(self.matrix.dtype)
+    def write(self, rows: slice, entries: Tensor) -> None:
+        if self.whole is not None:
+            self.whole[rows] = entries
         else:
-            self.view.copy_(entries)
+            self.matrix[self.rows[rows, None], self.cols] = entries.to(self.matrix.dtype)
 
     def target(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """p̂ in the block's buffer; m, [rows, 1]; and what p̂ adds up to but for rounding."""
-        p = block.p.copy_(self.read())
-        at_own = self.diagonal[self.rows, None].to(sums(p))
-        mass = p.sum(1, keepdim=True).to(at_own.dtype) + at_own
+        p, raw = block.p, self.read(block.rows)
+        if raw.dtype != p.dtype:
+            raw = p.copy_(raw)
+        at_own = self.diagonal[self.rows[block.rows], None].to(sums(p))
+        mass = raw.sum(1, keepdim=True).to(at_own.dtype) + at_own
         mass = torch.where(mass >= torch.finfo(p.dtype).tiny, mass, 0)
         divisor = torch.where(mass > 0, mass, torch.inf).to(p.dtype)
-        p.scatter_(1, self.own, at_own.to(p.dtype)).div_(divisor)
+        torch.div(raw, divisor, out=p)
+        p.scatter_(1, self.own[block.rows], at_own.to(p.dtype) / divisor)
         return p, mass, torch.where(mass > 0, mass / divisor, 1)
 
     def update(
@@ -299,21 +298,22 @@ class Stored:
         clock: Tensor,
     ) -> None:
         kept = ~(torch.isfinite(loss[:, None]) & (mass > 0))
-        before = row_sum[self.rows, None]
+        rows, own = self.rows[block.rows], self.own[block.rows]
+        before = row_sum[rows, None]
         target = torch.maximum(mass + (1 - before), mass / 2)
         new = torch.lerp(block.p, block.q, alpha.to(block.p.dtype), out=block.work)
-        new.mul_(target.to(new.dtype)).scatter_(1, self.own, 0)
-        round_to(new, self.matrix.dtype, self.rows, self.cols, clock, block.noise)
+        new.mul_(target.to(new.dtype)).scatter_(1, own, 0)
+        round_to(new, self.matrix.dtype, rows, self.cols, clock, block.noise)
         others = new.sum(1, keepdim=True).to(target.dtype)
         at_own = (target - others).clamp_min_(0).to(self.diagonal.dtype)
         after = before + (others + at_own - mass)
         if bool(kept.any()):
-            new = torch.where(kept, self.read(), new)
-            at_own = torch.where(kept, self.diagonal[self.rows, None], at_own)
+            new = torch.where(kept, self.read(block.rows), new)
+            at_own = torch.where(kept, self.diagonal[rows, None], at_own)
             after = torch.where(kept, before, after)
-        self.write(new)
-        self.diagonal[self.rows] = at_own[:, 0]
-        row_sum[self.rows] = after[:, 0]
+        self.write(block.rows, new)
+        self.diagonal[rows] = at_own[:, 0]
+        row_sum[rows] = after[:, 0]
 
 
 def round_to(
