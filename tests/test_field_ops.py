@@ -191,6 +191,31 @@ def test_bfloat16_is_rounded_to_a_neighbour(contiguous, backend, blocks):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stored", STORED[:2], ids=str)
+@pytest.mark.parametrize("drift", [1e-3, -1e-3, 3.0])
+def test_what_a_row_has_too_much_or_too_little_is_taken_back(drift, stored, backend):
+    """At once, unless the block has less than that; then a half of what it has stays."""
+    field = random_field(30, stored)
+    index = samples(30, 20, contiguous=False)
+    state = field.state_dict()
+    state["diagonal"] += drift
+    state["row_sum"] += drift
+    if drift > 1:  # outside of the batch
+        state["diagonal"] -= drift
+        outside = (set(range(30)) - set(index.tolist())).pop()
+        state["matrix"][index, outside] += drift
+    state["row_sum"] = state["matrix"].double().sum(1) + state["diagonal"]
+    field.load_state_dict(state)
+    mass = block_of(field, index).sum(1)
+    field.update(**sample_views(20, 8), index=index, alpha=0.3, backend=backend)
+    total = field.rows(index).double().sum(1)
+    if drift < 1:
+        assert float((total - 1).abs().max()) <= 3e-7
+    else:
+        assert float((block_of(field, index).sum(1) / mass - 0.5).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stored", STORED[:2], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_stay(bad, stored, backend, blocks):
     for name, rows in (("queries", [4]), ("keys", range(20))):
