@@ -197,6 +197,27 @@ def dense(n):
     return ResponseField.dense(n, dtype=torch.float64)
 
 
+def test_schedules_go_by_the_steps_of_the_whole_training(tmp_path, monkeypatch):
+    came = {"loss": [], "end_epoch": []}
+
+    def record(name):
+        method = getattr(TrainingField, name)
+
+        def recording(self, *args):
+            came[name] += args[-2:]  # temperature, alpha
+            return method(self, *args)
+
+        monkeypatch.setattr(TrainingField, name, recording)
+
+    record("loss")
+    record("end_epoch")
+    settings = {"alpha_schedule": "linear", "alpha_final": 0.2, "temperature_decay": 0.4}
+    train(replace(LONG, recursion="dense", update_every="epoch", **settings), tmp_path / "run")
+    for name, steps in (("loss", range(12)), ("end_epoch", (2, 5, 8, 11))):
+        wanted = [(0.5 - 0.2 * t / 12, 0.5 - 0.3 * t / 12) for t in steps]
+        assert came[name] == pytest.approx(np.ravel(wanted).tolist())
+
+
 def test_a_field_that_no_memory_holds_is_one_line(tmp_path, monkeypatch, capsys):
     class Small:
         dense = staticmethod(lambda n, **given: ResponseField.dense(10**7, **given))
