@@ -68,6 +68,16 @@ def wide_loads(found: Resources) -> str:
     return f"{wide:.0f} of {found.tile.operand_bytes} bytes a tile come by loads of 16 bytes"
 
 
+def wide_stores(found: Resources) -> str:
+    """So does every byte of the response field's block that a pass writes."""
+    if found.variant != "aligned" or not found.loop or not found.tile:
+        return ""
+    wide, wanted = found.loop.stores.get(16, 0.0) * 16, found.tile.written
+    if wide >= 0.99 * wanted:
+        return ""
+    return f"{wide:.1f} of {wanted} bytes an entry go by stores of 16 bytes"
+
+
 GATES: dict[str, Callable[[Resources], str]] = {
     "fits": fits,
     "spills": no_spills,
@@ -77,6 +87,7 @@ GATES: dict[str, Callable[[Resources], str]] = {
     "matrix kind": matrix_kind,
     "passes": all_passes,
     "16-byte loads": wide_loads,
+    "16-byte stores": wide_stores,
 }
 
 

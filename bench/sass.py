@@ -25,6 +25,7 @@ MATRIX = re.compile(r"HMMA|HGMMA|UTC\w*MMA|v_mfma")
 SPECIAL = re.compile(r"MUFU|^v_(exp|log|rcp|rsq|sqrt|sin|cos)_f")
 GLOBAL = re.compile(r"^(LDG|STG|LDGSTS|UTMALDG|UBLKCP|global_|buffer_(load|store)|flat_)")
 GLOBAL_LOAD = re.compile(r"^(LDG|UTMALDG|UBLKCP|global_load|buffer_load|flat_load)")
+GLOBAL_STORE = re.compile(r"^(STG|global_store|buffer_store|flat_store)")
 SHARED = re.compile(r"^(LDS|STS|ds_(read|write|load|store))")
 LOCAL = re.compile(r"^(LDL|STL|scratch_)")
 ATOMIC = re.compile(r"^(ATOM|RED(\.|G|$)|UREDG|UTMARED)|atomic|^ds_(add|or|and|max|min|cmpst)_")
@@ -61,14 +62,16 @@ class Tile:
     gradient: Product | None
     chunks: int  # of the embedding; all but the first in a loop of their own
     steps: int = 1  # products with as many parts of the other operand, one after another
+    read: int = 0  # bytes an entry that stay in no cache: the response field's block
+    written: int = 0
     both: bool = False  # the program loads its own rows in the loop too
 
     @property
     def operand_bytes(self) -> int:
-        """What a pass has to load: rows of the other, and the later chunks of both operands."""
+        """What a pass has to load: rows of the other, later chunks of both operands, the field."""
         width = self.similarity.inner // self.chunks
         rows = self.other + (self.chunks - 1) * (self.own + self.other) + self.both * self.own
-        return rows * width * self.similarity.size
+        return rows * width * self.similarity.size + self.read * self.entries
 
     @property
     def entries(self) -> int:
@@ -98,6 +101,7 @@ class Loop:
     kinds: tuple[str, ...]  # of its matrix instructions
     multiply_adds: float  # by its matrix instructions, ÷ what the tile needs
     loads: dict[int, float] = field(default_factory=dict)  # from global memory, by bytes a thread
+    stores: dict[int, float] = field(default_factory=dict)
     shared: dict[int, float] = field(default_factory=dict)  # shared accesses, by bytes a thread
     local: float = 0.0  # spilled registers' traffic
 
@@ -281,6 +285,7 @@ def count(program: Sequence[Instruction], weights: dict[int, float], tile: Tile)
     slots = special = matrix = products = local = 0.0
     kinds: set[str] = set()
     loads: dict[int, float] = defaultdict(float)
+    stores: dict[int, float] = defaultdict(float)
     shared: dict[int, float] = defaultdict(float)
     for index, weight in weights.items():
         instruction = program[index]
@@ -296,6 +301,8 @@ def count(program: Sequence[Instruction], weights: dict[int, float], tile: Tile)
             local += weight
         elif GLOBAL_LOAD.search(name) and "DEPBAR" not in name:
             loads[width(name)] += weight
+        elif GLOBAL_STORE.search(name):
+            stores[width(name)] += weight
         elif SHARED.search(name) and "[RZ]" not in instruction.operands:
             shared[width(name)] += weight
     return Loop(
@@ -305,6 +312,7 @@ def count(program: Sequence[Instruction], weights: dict[int, float], tile: Tile)
         kinds=tuple(sorted(kinds)),
         multiply_adds=products / tile.multiply_adds,
         loads={size: n * per_entry for size, n in sorted(loads.items())},
+        stores={size: n * per_entry for size, n in sorted(stores.items())},
         shared={size: n * per_entry for size, n in sorted(shared.items())},
         local=local * per_entry,
     )

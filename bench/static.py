@@ -20,6 +20,8 @@ import triton
 from triton.compiler import ASTSource, CompiledKernel
 
 from rkdo_kernels import (
+    field,
+    field_gradient,
     gradient_stripes,
     launch,
     moments,
@@ -36,6 +38,7 @@ from .targets import TARGETS, predict, resident_warps
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERANDS = ("queries", "keys", "gradient", "stripe")
 FLOATS = ("unit", "alpha", "scale", "longest")
+INTEGERS = {"rows": "i64", "cols": "i64", "own": "i64", "clock": "i64", "noise": "i32"}
 OFFSETS = ("exclude_a", "exclude_b", "positive_offset")
 AWKWARD = ("sm_90", "gfx942")  # a target of each compiler backend for the odd specialisations
 VARIANTS = ("aligned", "unaligned", "ones")  # of the integer arguments; see `specialise`
@@ -50,6 +53,7 @@ class Case:
     table: str  # its name in launch.CONFIGS
     constants: dict[str, Any]
     doubles: tuple[str, ...] = ()  # float64 tables, as the launchers pass them
+    field: str = ""  # what the response field is stored in
     loop: str = "rows"  # of the hot loop: rows, or "chunks" of the embedding; "" if there is none
     dtypes: tuple[str, ...] = tuple(DTYPES)
     dims: tuple[int, ...] = (64, 512)
@@ -107,6 +111,35 @@ def cases() -> list[Case]:
                 (f"recursion_bwd {side}", recursion._recursion_bwd, f"recursion_{side}", steps, ()),
             )
         ]
+    return result
+
+
+def field_cases() -> list[Case]:
+    """`step` is loss, gradient to the queries and update; `dq` and `dk` are one gradient alone."""
+    walk, keys = field._dense_walk, field_gradient._dense_keys
+    index = {"BY_ROW": False, "BY_COL": False, "BY_OWN": False}
+    doubles = ("row_sum", "mass", "loss")
+    result = []
+    for stored in ("bf16", "fp32"):
+        for name, dtypes, dims, does in (
+            ("step", tuple(DTYPES), (64,), {"LOSS", "UPDATE", "GRADIENT"}),
+            ("update", ("bf16", "fp32"), (64, 512), {"LOSS", "UPDATE"}),
+            ("dq", ("bf16", "fp32"), (64, 512), {"GRADIENT"}),
+        ):
+            constants = {what: what in does for what in ("LOSS", "UPDATE", "GRADIENT")}
+            constants |= {"NOISE": stored == "bf16" and "UPDATE" in does, **index}
+            result.append(
+                Case(
+                    f"field_{name} {stored}", walk, "field_walk", constants, doubles,
+                    field=stored, dtypes=dtypes, dims=dims,
+                )
+            )
+        result.append(
+            Case(
+                f"field_dk {stored}", keys, "field_keys", {"QUERIES": False, **index},
+                field=stored, dtypes=("bf16", "fp32"), dims=(64, 512),
+            )
+        )
     return result
 
 
@@ -173,13 +206,18 @@ def build(
         constants["DENSE"] = variant == "aligned" and constants["WIDTH"] == dim
         gradient_needs = (constants.get(x, 0) for x in ("WIDTH", "DEGREE", "DENSE"))
         config = launch.limited(config, DTYPES[dtype], *gradient_needs)
-    gradient = "GRADIENT_PRECISION" in names
+    gradient = "GRADIENT_PRECISION" in names and constants.get("GRADIENT", True)
     if gradient:
         nvidia = "tf32" if dtype == "fp16" else "tf32x3"
         constants["GRADIENT_PRECISION"] = "ieee" if amd else nvidia
+    elif "GRADIENT_PRECISION" in names:
+        constants["GRADIENT_PRECISION"] = "ieee"
     source = specialise(case, dtype, constants, variant)
     compiled = triton.compile(source, target=TARGETS[target].gpu, options=config.options)
     tile = tile_of(constants, dtype, config, amd, gradient)
+    if case.field:
+        size = DTYPES[case.field].itemsize
+        tile = replace(tile, read=size, written=size if constants.get("UPDATE") else 0)
     again = constants["CHUNKS"] if gradient or case.loop == "chunks" else 1
     if case.loop == "chunks":
         one = sass.Product(constants["WIDTH"], 1, tile.similarity.size)
@@ -208,13 +246,15 @@ def specialise(case: Case, dtype: str, constants: dict[str, Any], variant: str) 
     """
     signature: dict[str, str] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    constants = dict(constants)
+    constants = {k: v for k, v in constants.items() if k in case.function.arg_names}
     for index, name in enumerate(case.function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             base = name.removesuffix("_ptr")
             kind = "fp64" if base in case.doubles else dtype if base in OPERANDS else "fp32"
+            if case.field:
+                kind = {"matrix": case.field, "gradient": "fp32", **INTEGERS}.get(base, kind)
             signature[name] = f"*{kind}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in FLOATS:
@@ -310,14 +350,14 @@ class Entry:
     variant: str = "aligned"
 
     def build(self) -> Built:
-        case = next(case for case in cases() if case.name == self.case)
+        case = next(case for case in cases() + field_cases() if case.name == self.case)
         return build(case, self.dtype, self.dim, self.target, variant=self.variant)
 
 
 def entries(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[Entry]:
     """Every kernel × launch-table entry × dtype × target, then the awkward specialisations."""
     for target in targets:
-        for case in cases():
+        for case in cases() + field_cases():
             for dtype in case.dtypes:
                 for dim in case.dims:
                     yield Entry(case.name, dtype, dim, target)

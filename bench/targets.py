@@ -22,6 +22,7 @@ class Target:
     lanes: int  # threads whose instruction issues, a clock and processor
     special: int  # special-function results a clock and processor
     shared_rate: int  # bytes of shared memory a clock and processor
+    memory_rate: float  # bytes of global memory a second
     matrix: dict[str, float]  # multiply-adds · 2 a second, by what the products run in
     matrix_kind: str  # of the matrix instructions that reach those rates
     shared_limit: int  # bytes a program
@@ -36,19 +37,19 @@ class Target:
 
 TARGETS = {
     "sm_80": Target(
-        GPUTarget("cuda", 80, 32), "A100", 108, 1.41e9, 128, 16, 128,
+        GPUTarget("cuda", 80, 32), "A100", 108, 1.41e9, 128, 16, 128, 2.0e12,
         {"2": 312e12, "tf32": 156e12}, "mma", 163 << 10, 0, 65536, 64,
     ),
     "sm_90": Target(
-        GPUTarget("cuda", 90, 32), "H200", 132, 1.755e9, 128, 16, 128,
+        GPUTarget("cuda", 90, 32), "H200", 132, 1.755e9, 128, 16, 128, 4.3e12,
         {"2": 790e12, "tf32": 395e12}, "wgmma", 227 << 10, 0, 65536, 64,
     ),
     "sm_100": Target(
-        GPUTarget("cuda", 100, 32), "B200", 148, 1.85e9, 128, 16, 128,
+        GPUTarget("cuda", 100, 32), "B200", 148, 1.85e9, 128, 16, 128, 8.0e12,
         {"2": 2250e12, "tf32": 1125e12}, "tcgen05", 227 << 10, 512, 65536, 64,
     ),
     "gfx942": Target(
-        GPUTarget("hip", "gfx942", 64), "MI300X", 304, 2.1e9, 64, 16, 128,
+        GPUTarget("hip", "gfx942", 64), "MI300X", 304, 2.1e9, 64, 16, 128, 5.3e12,
         {"2": 1307e12, "ieee": 163e12}, "mfma", 64 << 10, 0, 131072, 32,
     ),
 }  # fmt: skip
@@ -83,6 +84,7 @@ def predict(target: Target, tile: Tile, loop: Loop) -> dict[str, float]:
         "special": loop.special / (each * target.special),
         "matrix": matrix,
         "shared": shared / (each * target.shared_rate),
+        "memory": (tile.read + tile.written) / target.memory_rate,
     }
 
 

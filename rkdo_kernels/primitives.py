@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(2.0**-120)  # beside a p of 0 or more: its logarithm is finite, 0 log 0 is 0
 LANES = tl.constexpr(8)  # neighbouring columns that partial sums keep apart
 
 
@@ -163,6 +165,17 @@ def scalars(table_ptr, COUNT: tl.constexpr):
     for at in tl.static_range(COUNT):
         result = result + (tl.load(table_ptr + at).to(tl.float32),)
     return result
+
+
+@triton.jit
+def log2(x, PRECISION: tl.constexpr):
+    """Of a normal number; on NVIDIA by one instruction, which tl.log2 is not."""
+    if PRECISION == "ieee":
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

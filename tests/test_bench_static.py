@@ -96,7 +96,7 @@ print(json.dumps(results))
 """
 
 LAUNCHES = """
-import json, types
+import dataclasses, json
 import torch
 from bench import static
 from rkdo_kernels import gradient_stripes, kernels, moments, moments_gradient, ops
@@ -128,7 +128,7 @@ cases = {}
 for case in static.cases():
     kernel = case.function.kernel
     constants = {x: 1 for x in kernel.arg_names if x.isupper()}
-    plain = types.SimpleNamespace(function=kernel, doubles=case.doubles)
+    plain = dataclasses.replace(case, function=kernel)
     signature = static.specialise(plain, "bf16", constants, "aligned").signature
     cases[kernel.fn.__name__] = {k: v for k, v in signature.items() if v.startswith("*")}
 

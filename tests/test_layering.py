@@ -40,6 +40,12 @@ ARROWS = {
     "softmax_sums": {"launch", "primitives", "gradient_loop"},
     "recursion": {"launch", "primitives", "gradient_loop"},
     "symmetric": {"launch", "primitives", "moments", "moments_gradient"},
+    "field_snapshot": {"launch", "primitives", "softmax_sums"},
+    "field_rows": {"primitives"},
+    "field_gradient": {"field_rows", "moments_gradient", "primitives"},
+    "field": {
+        "field_gradient", "field_rows", "field_snapshot", "launch", "primitives", "softmax_sums",
+    },
     "kernels": {"moments", "moments_gradient", "symmetric", "softmax_sums", "recursion"},
     # operators choose between kernels and tiles
     "ops": {"chebyshev", "kernels", "once", "tiled", "ratios"},
@@ -63,7 +69,8 @@ PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rk
 # Modules that need Triton to be imported.
 TRITON = {
     "primitives", "gradient_loop", "recursion_rows", "moments", "moments_gradient", "symmetric",
-    "softmax_sums", "recursion", "single_launch", "gradient_stripes",
+    "softmax_sums", "recursion", "single_launch", "gradient_stripes", "field", "field_snapshot",
+    "field_gradient", "field_rows",
 }  # fmt: skip
 KERNELS = sorted(Path(rkdo_kernels.__file__).parent.glob("*.py"))
 TRAINER = sorted(Path(rkdo.__file__).parent.glob("*.py"))
