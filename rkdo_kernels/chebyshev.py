@@ -87,13 +87,18 @@ def interpolation_error(degree: int, alpha: float, scales: Sequence[float], boun
 
 @host_constant
 def rkdo_degree(alpha: float, scales: tuple[float, ...], bound: float) -> int | None:
-    """The least degree whose `interpolation_error` is within `TOLERANCE`; None past the limits."""
+    """The least degree whose `interpolation_error` is within `tolerance`; None past the limits."""
     if tilts(scales, bound)[-1] > MAX_TILT:
         return None
     for degree in range(MAX_DEGREE + 1):
-        if interpolation_error(degree, alpha, scales, bound) <= TOLERANCE:
+        if interpolation_error(degree, alpha, scales, bound) <= tolerance(alpha):
             return degree
     return None
+
+
+def tolerance(alpha: float) -> float:
+    """The nearer alpha is to 1, the nearer is p_t to q_{t−1}, and the smaller the loss."""
+    return TOLERANCE * min(1, max(0.02, (2 * (1 - alpha)) ** 2))
 
 
 def middle(scales: Sequence[float]) -> float:

@@ -125,7 +125,7 @@ def bound(value: float | None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"bound must be a number or None, got {type(value).__name__}")
-    if not (0 < value < math.inf and 1 / value < math.inf):
+    if not (0 < value <= sys.float_info.max and 1 / value < math.inf):
         raise ValueError(f"bound must be positive and finite, or None, got {value}")
 
 

@@ -101,7 +101,7 @@ def rkdo_direct(
     else:
         scale = problem.inverse_temperature()
         step = torch.arange(depth + 1, dtype=scale.dtype, device=scale.device)
-        scales = scale / (1 - cooling / depth * step)
+        scales = scale / (1 - cooling * (step / depth))
     arguments = (
         problem.queries, problem.keys, scales.detach(), alpha, problem.offset, detach_target,
     )  # fmt: skip

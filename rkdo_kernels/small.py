@@ -92,7 +92,7 @@ class Recursion(torch.autograd.Function):
 @host_constant
 def scales(temperature: float, depth: int, cooling: float) -> Tensor:  # [depth + 1], 1 / τ_t
     t = torch.arange(depth + 1, dtype=torch.float64)
-    return 1 / (temperature * (1 - cooling / depth * t))
+    return 1 / (temperature * (1 - cooling * (t / depth)))
 
 
 @host_constant

@@ -53,7 +53,7 @@ def test_the_degree_is_the_least_within_the_tolerance():
         error = [
             chebyshev.interpolation_error(k, alpha, scales, bound) for k in (degree - 1, degree)
         ]
-        assert error[1] <= chebyshev.TOLERANCE < error[0]
+        assert error[1] <= chebyshev.tolerance(alpha) < error[0]
 
 
 def test_degrees_grow_with_what_is_harder():
@@ -97,7 +97,7 @@ def test_the_bound_holds_for_rows_of_any_kind(temperature, cooling, depth, alpha
             for at_node, value in zip(at_nodes, values, strict=True):
                 a = at_node @ chebyshev.monomials(degree)
                 off = ((u[:, None] ** torch.arange(degree + 1)) @ a - value).abs() / r
-                assert float(off.max()) <= chebyshev.TOLERANCE
+                assert float(off.max()) <= chebyshev.tolerance(alpha)
             assert float((weight * rows(s)[2]).sum()) <= 1 + 1e-9
 
 
@@ -134,6 +134,30 @@ def test_both_sides_of_the_switch_meet_the_yardstick(cooling, aligned, monkeypat
                 sample_views(50, dim, aligned=aligned),
                 scale=1 / temperature,
             )
+
+
+@pytest.mark.parametrize("alpha", [0.7, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("aligned", [False, True], ids=["independent", "aligned"])
+def test_small_losses_keep_their_digits(aligned, alpha):
+    """Where p_t is almost q_{t−1}; a mean averages eager's errors, and not an interpolant's."""
+    for temperature, depth, cooling in ((1, 1, 0.1), (0.5, 1, 0.05), (0.2, 1, 0.05), (2, 3, 0.2)):
+        settings = {"temperature": temperature, "depth": depth, "cooling": cooling}
+        assert_as_accurate(
+            lambda s=settings, **x: rkdo_loss(**x, **s, alpha=alpha),
+            lambda s=settings, **x: reference.rkdo_loss(**x, **s, alpha=alpha).mean(),
+            sample_views(200, 32, aligned=aligned),
+            scale=1 / temperature,
+        )
+
+
+@pytest.mark.parametrize("tiles", [False, True], ids=["small", "tiles"])
+def test_cooling_may_be_next_to_1(tiles, monkeypatch):
+    monkeypatch.setattr(small, "MAX_ENTRIES", 0 if tiles else 1 << 14)
+    views = {name: x.double() for name, x in sample_views(8, 4).items()}
+    settings = {"cooling": 1 - 2**-53, "reduction": "none"}
+    found = rkdo_loss(**views, **settings)
+    wanted = reference.rkdo_loss(**views, cooling=1 - 2**-53)
+    assert torch.allclose(found, wanted, rtol=1e-12)
 
 
 def test_what_moments_cannot_do_takes_the_direct_path():

@@ -44,7 +44,7 @@ SETTINGS = [  # functions, setting, values, error, its words
     (FUNCTIONS, "temperature", NOT_A_NUMBER, TypeError, "temperature must be a number or a tensor"),
     (FUNCTIONS, "temperature", [torch.ones(2), torch.ones(1, dtype=torch.int64)], TypeError,
      "temperature must be a number or a floating tensor of one element, got"),
-    (FUNCTIONS, "bound", [0, -1.0, float("nan"), float("inf"), 1e-320], ValueError,
+    (FUNCTIONS, "bound", [0, -1.0, float("nan"), float("inf"), 1e-320, 10**400], ValueError,
      "bound must be positive and finite, or None, got"),
     (FUNCTIONS, "bound", ["1", True, X], TypeError, "bound must be a number or None, got"),
     (FUNCTIONS, "reduction", ["max", None, "", 1], ValueError,
