@@ -49,8 +49,9 @@ def _gradient_stripe(
 ):
     """One program per tile:  G_ij = exp(c S_ij) Σ_k weights_ik (S_ij / b)^k, at_positive_i for the
     positive, for start_i ≤ i < stop_i and start_j ≤ j < stop_j."""
-    first_i = start_i + tl.program_id(0) * ROWS
-    first_j = start_j + tl.program_id(1) * COLS
+    across = tl.cdiv(stop_j - start_j, COLS)
+    first_i = start_i + tl.program_id(0) // across * ROWS
+    first_j = start_j + tl.program_id(0) % across * COLS
     s = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, dim, WIDTH):
         q = load_rows(
@@ -148,7 +149,7 @@ class Stripes:
         """G of these rows and columns, in `room`."""
         n, m, config = stop_i - start_i, stop_j - start_j, self.config
         g = room[: n * m].view(n, m)
-        _gradient_stripe[(triton.cdiv(n, config.rows), triton.cdiv(m, config.cols))](
+        _gradient_stripe[(triton.cdiv(n, config.rows) * triton.cdiv(m, config.cols),)](
             *self.tensors, g, *self.numbers, start_i, stop_i, start_j, stop_j, **self.constants
         )
         return g
