@@ -340,7 +340,7 @@ class Dense:
     ) -> None:
         """The tables."""
         queries, n, m = self.queries, self.n, self.m
-        peak, total, _, _ = softmax_sums(queries, self.keys, self.scale.view(1), False, [])
+        peak, mass, _, total = softmax_sums(queries, self.keys, self.scale.view(1), False, [])
         masses = peak
         if not whole:
             masses = queries.new_empty(n, dtype=torch.float32)
@@ -352,7 +352,7 @@ class Dense:
         if row_sum is not None:
             self.row_sum = row_sum if self.rows is not None else row_sum[self.start :]
         _dense_rows[(triton.cdiv(max(n, m), 128),)](
-            peak, total, masses, self.diagonal, self.row_sum,
+            peak, mass, total, masses, self.diagonal, self.row_sum,
             *self.indices(weights, self.rows, self.cols), self.scale,
             *self.indices(alpha, clock), self.table, self.mass, self.keys_of_noise, n, m,
             self.start, WHOLE=whole, WEIGHTED=weights is not None, UPDATE=alpha is not None,

@@ -44,6 +44,7 @@ def _row_masses(
 def _dense_rows(
     peak_ptr,  # [R]           in, max_j S_ij
     sum_ptr,  # [R]            in, Σ_j exp(c (S_ij − peak_i))
+    total_ptr,  # [R]          in, Σ_j S_ij
     masses_ptr,  # [R]         in, unless WHOLE
     diagonal_ptr,  # [n]       in, from the batch's first row where no index is given; and so is
     row_sum_ptr,  # [n]        in, fp64
@@ -95,7 +96,8 @@ def _dense_rows(
     if UPDATE:
         alpha = tl.load(alpha_ptr).to(tl.float64)
         after = tl.maximum(mass + (1 - tl.load(row_sum_ptr + row, mask=there, other=1.0)), mass / 2)
-        moves = (mass > 0) & (f < float("inf"))
+        all_of_s = tl.load(total_ptr + i, mask=there, other=0.0)
+        moves = (mass > 0) & (f < float("inf")) & (tl.abs(all_of_s) < float("inf"))
         keep = tl.where(moves, (1 - alpha) * after * inverse, -1.0)
         tl.store(out + KEEP * n_rows, keep.to(tl.float32), mask=there)
         tl.store(out + GAIN * n_rows, (alpha * after * f).to(tl.float32), mask=there)

@@ -1,0 +1,359 @@
+"""The response field's kernels: what they share with the tiles, bit for bit where they can, and
+what the compiler makes of them.
+
+Held to float64 by the yardstick on every backend in test_field_ops.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import DEVICE, DTYPES, SMALLEST_NORMAL
+from torch.nn.functional import normalize
+
+pytest.importorskip("triton")
+from rkdo_kernels import field, field_tiles, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+ROOT = Path(__file__).parent.parent
+STORED = (torch.float32, torch.bfloat16)
+LAYOUTS = ("whole", "contiguous", "gathered", "own columns shifted")
+NAMES = ("loss", "d_queries", "d_keys", "matrix", "diagonal", "row_sum")
+
+
+class Problem:
+    """A field over n samples and a batch of `count` columns, of which the rows are some."""
+
+    def __init__(self, count, d, dtype, stored, layout, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        n = count if layout == "whole" else count + 37
+        p = torch.rand(n, n, generator=generator, dtype=torch.float64) ** 6
+        p[torch.rand(n, n, generator=generator) < 0.2] = 0
+        p.diagonal().add_(0.1)
+        p /= p.sum(1, keepdim=True)
+        diagonal = p.diagonal().float()
+        matrix = p.fill_diagonal_(0).to(stored)
+        self.start, self.rows, self.cols, self.own = 0, None, None, None
+        height = count
+        if layout == "contiguous":
+            self.start = 19
+        if layout == "gathered":
+            self.rows = self.cols = torch.randperm(n, generator=generator)[:count]
+        if layout == "own columns shifted":  # the second of two ranks, and its samples out of order
+            height = count - count // 2
+            self.cols = torch.arange(n - count, n)
+            self.own = count // 2 + torch.randperm(height, generator=generator)
+            self.rows = self.cols[self.own]
+
+        def rows(size):
+            x = torch.randn(size, d, generator=generator, dtype=torch.float64)
+            return normalize(x, dim=1).to(DEVICE, dtype)
+
+        self.queries, self.keys = rows(height), rows(count)
+        self.matrix, self.diagonal = matrix.to(DEVICE), diagonal.to(DEVICE)
+        self.row_sum = self.matrix.double().sum(1) + self.diagonal.double()
+        self.rows, self.cols, self.own = (
+            None if x is None else x.to(DEVICE) for x in (self.rows, self.cols, self.own)
+        )
+        self.clock = torch.tensor([7, 1 << 33], device=DEVICE)
+
+    def positions(self):
+        at = torch.arange(self.start, self.start + len(self.keys), device=DEVICE)
+        own = torch.arange(len(self.queries), device=DEVICE) if self.own is None else self.own
+        return (at if self.rows is None else self.rows, at if self.cols is None else self.cols, own)
+
+    def block(self):
+        """P[rows, cols] in float64, and m."""
+        rows, cols, own = self.positions()
+        p = self.matrix[rows[:, None], cols].double()
+        p.scatter_(1, own[:, None], self.diagonal[rows, None].double())
+        return p
+
+    def run(self, module, scale=2.0, alpha=0.3, gradient=True):
+        """The pass's results, and the field after it."""
+        state = [x.clone() for x in (self.matrix, self.diagonal, self.row_sum)]
+        scale = torch.tensor(scale, device=DEVICE)
+        alpha = None if alpha is None else torch.tensor(alpha, device=DEVICE)
+        found = module.dense_pass(
+            self.queries, self.keys, *state, self.rows, self.cols, self.own, self.start, scale,
+            alpha, self.clock, gradient,
+        )  # fmt: skip
+        return dict(zip(NAMES, (*found, *state), strict=True))
+
+    def truth(self, dtype, scale=2.0, alpha=0.3):
+        """By whole matrices: loss, gradients of its sum, and the block's next entries."""
+        p = self.block().to(dtype)
+        q, k = (x.to(dtype).requires_grad_() for x in (self.queries, self.keys))
+        loss = reference.field_loss(p, q, k, temperature=1 / scale)
+        gradients = torch.autograd.grad(loss.sum(), (q, k))
+        mass = p.sum(1, keepdim=True)
+        left = (1 - self.row_sum[self.positions()[0], None]).to(dtype)
+        target = torch.maximum(mass + left, mass / 2)
+        soft = torch.softmax(q.detach() @ k.detach().T * scale, dim=1)
+        share = torch.where(mass > 0, p / mass, 0)
+        new = target * ((1 - alpha) * share + alpha * soft)
+        return loss.detach(), *gradients, torch.where(mass > 0, new, p)
+
+
+def hold(found, naive, truth, what):
+    """The yardstick, see accuracy.py."""
+    error, eager = (float((x.double() - truth).abs().max()) for x in (found, naive))
+    magnitude = float(truth.abs().max())
+    limit = 2 * eager + torch.finfo(torch.float32).eps * max(1.0, magnitude) + SMALLEST_NORMAL
+    assert error <= limit, f"{what}: {error:.3g} passes {limit:.3g}"
+
+
+@pytest.mark.parametrize("alpha", [0.01, 1.0])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize(
+    ("count", "d", "dtype"),
+    [(1, 1, DTYPES[0]), (3, 31, DTYPES[1]), (33, 16, DTYPES[2]), (64, 64, DTYPES[1]),
+     (65, 70, DTYPES[0]), (130, 140, DTYPES[1])],
+)  # fmt: skip
+def test_dense_is_what_whole_matrices_and_the_tiles_have(
+    count, d, dtype, stored, layout, alpha, tiles
+):
+    problem = Problem(count, d, dtype, stored, layout)
+    found, other = problem.run(field, alpha=alpha), problem.run(field_tiles, alpha=alpha)
+    naive, truth = (
+        problem.truth(torch.float32, alpha=alpha),
+        problem.truth(torch.float64, alpha=alpha),
+    )
+    for name, x, y in zip(NAMES, naive[:3], truth[:3], strict=False):
+        hold(found[name], x, y, name)
+    rows, cols, own = problem.positions()
+    block = found["matrix"][rows[:, None], cols].double()
+    at_own = torch.zeros_like(block, dtype=torch.bool).scatter_(1, own[:, None], True)
+    assert not block[at_own].any()
+    outside = torch.ones_like(found["matrix"], dtype=torch.bool)
+    outside[rows[:, None], cols] = False
+    assert torch.equal(found["matrix"][outside], problem.matrix[outside])
+    alike = torch.ones(len(problem.matrix), dtype=torch.bool, device=DEVICE)
+    if stored == torch.bfloat16:  # the same bits are added to what may differ in its last bit
+        differ = found["matrix"] != other["matrix"]
+        assert differ.sum() <= 1 + differ.numel() / 3000
+        alike = ~differ.any(1)
+        change = (found["matrix"].double() - other["matrix"].double()).abs()
+        assert (change <= 2**-7 * other["matrix"].double()).all()
+    else:
+        wanted, eager = truth[3].clone(), naive[3].double()
+        wanted[at_own], eager[at_own] = 0, 0
+        hold(block, eager, wanted, "block")
+    assert float((found["diagonal"] - other["diagonal"])[alike].abs().max()) <= 1e-6
+    sums = found["matrix"].double().sum(1) + found["diagonal"].double()
+    assert float((found["row_sum"] - sums).abs().max()) <= 3e-7
+    assert float((found["row_sum"] - other["row_sum"]).abs().max()) <= 3e-7
+    if d > 16:
+        assert (block[~at_own] != problem.block()[~at_own]).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_alone_leaves_the_field(layout):
+    problem = Problem(33, 16, torch.float32, torch.bfloat16, layout)
+    both = problem.run(field)
+    for gradient in (False, True):
+        found = problem.run(field, alpha=None, gradient=gradient)
+        assert torch.equal(found["loss"], both["loss"])
+        assert torch.equal(found["matrix"], problem.matrix)
+        assert torch.equal(found["diagonal"], problem.diagonal)
+        assert torch.equal(found["row_sum"], problem.row_sum)
+        for name in ("d_queries", "d_keys"):
+            same = both[name] if gradient else both[name].new_empty(0)
+            assert torch.equal(found[name], same)
+
+
+def test_alpha_0_moves_nothing_but_roundings():
+    problem = Problem(64, 16, torch.float32, torch.bfloat16, "gathered")
+    found = problem.run(field, alpha=0.0)
+    assert torch.equal(found["matrix"] == 0, problem.matrix == 0)
+    change = (found["matrix"].double() - problem.matrix.double()).abs()
+    assert (change <= 2**-7 * problem.matrix.double()).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_weighted_gradients(layout, stored, tiles):
+    problem = Problem(65, 20, torch.float32, stored, layout)
+    weights = torch.linspace(-1, 1, len(problem.queries), dtype=torch.float64, device=DEVICE)
+    scale = torch.tensor(3.0, device=DEVICE)
+    found, other = (
+        module.dense_gradient(
+            problem.queries, problem.keys, problem.matrix, problem.diagonal, problem.rows,
+            problem.cols, problem.own, problem.start, scale, weights,
+        )
+        for module in (field, field_tiles)
+    )  # fmt: skip
+    q, k = (x.double().requires_grad_() for x in (problem.queries, problem.keys))
+    loss = reference.field_loss(problem.block(), q, k, temperature=1 / 3)
+    truth = torch.autograd.grad((weights * loss).sum(), (q, k))
+    for x, y, z in zip(found, other, truth, strict=True):
+        hold(x, y, z, "gradient")
+
+
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_rows_without_mass_or_a_finite_loss_stay(stored):
+    problem = Problem(40, 8, torch.float32, stored, "contiguous")
+    rows = problem.positions()[0]
+    for matrix in (problem.matrix, problem.diagonal):
+        matrix[rows[5]] = 0
+    problem.row_sum[rows[5]] = 0
+    problem.queries[9] = float("nan")
+    problem.keys[11, 0] = -float("inf")  # to some rows a similarity of −inf, to others inf
+    found = problem.run(field)
+    assert found["loss"][9].isnan()
+    stays = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    stays[5] = True
+    stays |= ~found["loss"].isfinite()
+    assert stays.all()
+    problem.keys[11, 0] = 0.0
+    found = problem.run(field)
+    assert found["loss"][5] == 0
+    assert not found["d_queries"][5].any()
+    changed = (found["matrix"] != problem.matrix).any(1)[rows]
+    assert [i for i in range(40) if not changed[i]] == [5, 9]
+    for name in ("matrix", "diagonal", "row_sum"):
+        x = getattr(problem, name)
+        assert torch.equal(found[name][rows[[5, 9]]], x[rows[[5, 9]]])
+        assert found[name].isfinite().all()
+    problem.keys[11, 0] = -float("inf")
+    found = problem.run(field)
+    for name in ("matrix", "diagonal", "row_sum"):
+        assert torch.equal(found[name], getattr(problem, name))
+
+
+def test_a_scale_of_nan_leaves_the_field():
+    problem = Problem(33, 8, torch.float32, torch.bfloat16, "whole")
+    found = problem.run(field, scale=float("nan"))
+    assert found["loss"].isnan().all()
+    for name in ("matrix", "diagonal", "row_sum"):
+        assert torch.equal(found[name], getattr(problem, name))
+
+
+def test_the_same_bits_every_time():
+    problem = Problem(130, 64, torch.bfloat16, torch.bfloat16, "contiguous")
+    first, second = problem.run(field), problem.run(field)
+    for name in NAMES:
+        assert torch.equal(first[name], second[name])
+    problem.clock = problem.clock + torch.tensor([0, 1], device=DEVICE)
+    assert not torch.equal(problem.run(field)["matrix"], first["matrix"])
+
+
+@pytest.mark.parametrize("history", [1, 4])
+@pytest.mark.parametrize("prior", ["columns", "labels"])
+@pytest.mark.parametrize(
+    ("height", "count", "d", "dtype", "stored"),
+    [(1, 1, 1, DTYPES[0], torch.bfloat16), (20, 33, 31, DTYPES[1], torch.bfloat16),
+     (65, 65, 70, DTYPES[2], torch.float32), (64, 130, 16, DTYPES[0], torch.bfloat16)],
+)  # fmt: skip
+def test_snapshots(height, count, d, dtype, stored, prior, history, tiles):
+    """Rows without a visit, columns with fewer than others, and a row without a target."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape, dtype=torch.float32):
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return normalize(x, dim=-1).to(DEVICE, dtype)
+
+    visits = torch.randint(0, history + 1, (count,), generator=generator).to(DEVICE)
+    alphas = torch.rand(height, history, generator=generator).to(DEVICE)
+    weights, rest = torch.zeros(height, history, device=DEVICE), torch.ones(height, device=DEVICE)
+    for s in range(history):
+        share = torch.where(visits[:height] > s, alphas[:, s], 0)
+        weights[:, s], rest = rest * share, rest * (1 - share)
+    at, mine, theirs = None, None, None
+    if prior == "columns":
+        near = torch.arange(height, device=DEVICE)
+        at = torch.stack([near, (near + 3) % count], 1)
+        entries = torch.stack([rest * 0.75, rest * 0.25], 1)
+    else:
+        theirs = torch.randint(0, 5, (count,), generator=generator).to(DEVICE)
+        mine = theirs[:height]
+        entries = (rest / (mine[:, None] == theirs).sum(1))[:, None]
+    if height > 3:
+        weights[3], entries[3] = 0, 0
+    scales = 1 + 5 * torch.rand(height, history, generator=generator).to(DEVICE)
+    operands = (
+        rows(height, d, dtype=dtype), rows(count, d, dtype=dtype),
+        rows(history, height, d, dtype=stored), rows(history, count, d, dtype=stored),
+    )  # fmt: skip
+    scale = torch.tensor(4.0, device=DEVICE)
+    tables = (visits, entries, at, mine, theirs, scale)
+    upstream = torch.linspace(-1, 1, height, dtype=torch.float64, device=DEVICE)
+
+    def run(module, dtype=None):
+        x = operands if dtype is None else tuple(x.to(dtype) for x in operands)
+        w = (weights, scales) if dtype is None else (weights.to(dtype), scales.to(dtype))
+        return (
+            *module.snapshot_pass(*x, *w, *tables, True),
+            *module.snapshot_gradient(*x, *w, *tables, upstream),
+        )
+
+    found = run(field)
+    for x, y, z in zip(found, run(field_tiles), run(field_tiles, torch.float64), strict=True):
+        hold(x, y, z, "snapshots")
+    alone = field.snapshot_pass(*operands, weights, scales, *tables, False)
+    assert torch.equal(alone[0], found[0])
+    assert alone[1].numel() == alone[2].numel() == 0
+    if height > 3:
+        assert found[0][3] == 0
+        assert not found[1][3].any()
+
+
+def test_no_float64():
+    problem = Problem(3, 4, torch.float32, torch.float32, "whole")
+    problem.matrix = problem.matrix.double()
+    with pytest.raises(TypeError, match=r"takes no field of torch\.float64"):
+        problem.run(field)
+
+
+# ---- what the compiler makes of them -------------------------------------------------------------
+
+GATES = """
+import dataclasses, json
+from bench import gates, static
+from bench.static_table import compile_all
+
+def wanted():
+    for stored in ("bf16", "fp32"):
+        for dtype, dim in (("bf16", 64), ("bf16", 128), ("fp32", 64)):
+            yield static.Entry(f"field_step {stored}", dtype, dim, "sm_90")
+        yield static.Entry(f"field_dk {stored}", "bf16", 64, "sm_90")
+    for target in ("sm_80", "sm_100", "gfx942"):
+        yield static.Entry("field_step bf16", "bf16", 64, target)
+        yield static.Entry("field_dk bf16", "bf16", 64, target)
+
+if __name__ == "__main__":
+    results = {}
+    for entry, found in compile_all(wanted(), 2):
+        name = " ".join(map(str, dataclasses.astuple(entry)))
+        if isinstance(found, str):
+            results[name] = {"compile": found}, None
+        else:
+            results[name] = gates.failures(found), found.seconds
+    print(json.dumps(results))
+"""
+
+
+def test_machine_code(tmp_path):
+    """All gates, and the step bound by the memory's rate: 4 bytes an entry of bfloat16 against the
+    work of every other unit, which may take as long ÷ 0.85 at most."""
+    path = tmp_path / "script.py"
+    path.write_text(GATES)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(path)], env=environment, cwd=ROOT, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == 14
+    assert {name: found for name, (found, _) in results.items() if found} == {}
+    seconds = results["field_step bf16 bf16 64 sm_90 aligned"][1]
+    copy = seconds.pop("memory")
+    assert copy == pytest.approx(4 / 4.3e12)
+    assert max(seconds.values()) <= copy / 0.85
