@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from rkdo_kernels import kernels, launch, quadrature, recursion, softmax_sums
+from rkdo_kernels import field, kernels, launch, quadrature, recursion, softmax_sums
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -49,7 +49,7 @@ class Guarded:
             assert LIBC.mprotect(forbidden, PAGE, 0) == 0
         start = first + PAGE + (pages - size if self.side == "end" else 0)
         x = as_tensor(start, size, dtype).view(shape)
-        return x.fill_(torch.nan)
+        return x.fill_(torch.nan if dtype.is_floating_point else -1)
 
     def copy(self, x):
         return self.empty(*x.shape, dtype=x.dtype).copy_(x)
@@ -120,10 +120,45 @@ def calls(n, m, d, dtype):
         call = (*x, scales, 0.5, m - n, detach, 1 + rows(n), 3 + rows(n, 3))
         yield "recursion", call
         yield "recursion_backward", (*call, rows(n, 2), rows(n), rows(n))
+    yield from field_calls(x, generator)
+
+
+def field_calls(x, generator):
+    """A block at the field's end, and gathered; see field_tiles.py for the arguments."""
+    (n, m), scale = (len(x[0]), len(x[1])), torch.tensor(2.0)
+
+    def rows(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    for stored in (torch.float32, torch.bfloat16):
+        for start, index in ((2, (None, None, None)), (0, [torch.arange(n), torch.arange(m)])):
+            state = (rows(n + 2, m + 2) / m).to(stored), rows(n + 2), torch.ones(n + 2).double()
+            index = (*index, index[0])[:3]
+            given = (*index, start, scale, torch.tensor(0.3), torch.tensor([1, 2]), True)
+            yield "dense_pass", (*x, *state, *given)
+            yield "dense_gradient", (*x, *state[:2], *index, start, scale, rows(n))
+        past = (rows(2, n, x[0].shape[1]).to(stored), rows(2, m, x[0].shape[1]).to(stored))
+        tables = rows(n, 2), 1 + rows(n, 2), 2 - torch.arange(m) % 2
+        columns = (rows(n, 1), torch.arange(n)[:, None], None, None)
+        labels = (rows(n, 1), None, torch.arange(n), torch.arange(m))
+        for prior in (columns, labels):
+            yield "snapshot_pass", (*x, *past, *tables, *prior, scale, True)
+            yield "snapshot_gradient", (*x, *past, *tables, *prior, scale, rows(n))
+
+
+def step(*arguments):
+    """The pass's results, and the field after it."""
+    return (*field.dense_pass(*arguments), *arguments[2:5])
+
+
+def copied(arguments):
+    return [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
 def launcher(name):
     name, _, parts = name.partition(" in ")
+    if name in field.__all__:
+        return step if name == "dense_pass" else getattr(field, name)
     function = getattr(kernels, name)
     if parts == "stripes":
         return in_stripes(function)
@@ -168,7 +203,7 @@ def run_all(side):
             for name, arguments in calls(*shape, dtype):
                 print(name, shape, str(dtype).removeprefix("torch."), flush=True)
                 function = launcher(name)
-                wanted = results(function(*arguments))
+                wanted = results(function(*copied(arguments)))
                 found = results(guarded.call(function, *arguments))
                 for a, b in zip(found, wanted, strict=True):
                     assert a.shape == b.shape
@@ -184,12 +219,12 @@ def run_far():
         for name, arguments in calls(n, n, d, dtype):
             print(name, dtype, flush=True)
             function = launcher(name)
-            wanted = results(function(*arguments))
+            wanted = results(function(*copied(arguments)))
             for operand in (0, 1) if isinstance(arguments[1], torch.Tensor) else (0,):
                 address = memory(size)
                 far = as_tensor(address, size, dtype).as_strided((n, d), (stride, 1))
                 far.copy_(arguments[operand])
-                moved = list(arguments)
+                moved = copied(arguments)
                 moved[operand] = far
                 found = results(function(*moved))
                 for a, b in zip(found, wanted, strict=True):
