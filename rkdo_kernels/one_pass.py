@@ -7,13 +7,13 @@ as in a mean, the gradient is formed beside the loss, from tiles that are still 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import quadrature
-from .tiles import Gradients, Tile, sums
+from .tiles import Gradients, sums
 
 ROWS, COLS = 256, 1024  # of a tile
 LEAST_ROWS = 32
@@ -51,16 +51,18 @@ def recursion_moments(
     powers = powers.to(queries.device)
     loss, at_positive = torch.empty_like(positive), torch.empty_like(positive)
     weights = loss.new_empty(len(queries), degree + 1)
-    for block in run.blocks():
-        rows = block[0].rows
-        moments = torch.zeros_like(weights[rows])
-        for tile in block:
-            tile_moments(tile, run.scratch(tile), x_scale, e_scale, exclude, moments)
+    for rows, tiles in run.blocks(degree):
+        block = queries[rows]
+        for tile in tiles:
+            tile.add_up(block, rows.start, x_scale, e_scale, exclude)
+        moments = torch.stack([tile.sums for tile in tiles]).sum(0, dtype=loss.dtype).T * powers
         loss[rows], weights[rows], at_positive[rows] = quadrature.recursion(
-            moments * powers, positive[rows], rule, detach_target
+            moments, positive[rows], rule, detach_target
         )
         if gradient:
-            add_gradient(run, block, (weights[rows] * powers).to(queries.dtype))
+            w = (weights[rows] * powers).to(queries.dtype).T[:, :, None].contiguous().unbind()
+            for tile in reversed(tiles):  # what was formed last is in the cache yet
+                tile.add_gradient(block, w, run.gradients.d_queries[rows])
     nothing = loss.new_empty(0)
     if not gradient:
         return loss, weights, at_positive, queries.new_empty(0), queries.new_empty(0)
@@ -74,68 +76,80 @@ def powers_are_safe(logit: float, degree: int, m: int, dtype: torch.dtype) -> bo
     return largest < 0.9 * math.log(torch.finfo(dtype).max)
 
 
-def tile_moments(
-    tile: Tile,
-    power: Tensor,
-    x_scale: float,
-    e_scale: float,
-    exclude: list[int],
-    moments: Tensor,  # [R, degree + 1], added to
-) -> None:
-    """Σ_j e x^k; x and e stay in the tile's buffers, of which degree 0 needs one alone."""
-    degree, x = moments.shape[1] - 1, tile.buffers[0]
-    e = tile.buffers[1] if degree else x
-    tile.similarity(x_scale)
-    if e_scale == 1:
-        torch.exp(x, out=e)
-    else:
-        torch.mul(x, e_scale, out=e).exp_()
-    tile.fill(e, exclude, 0)
-    moments[:, 0] += e.sum(1)
-    for k in range(1, degree + 1):
-        moments[:, k] += torch.mul(power if k > 1 else e, x, out=power).sum(1)
-
-
-def add_gradient(run: Run, block: list[Tile], weights: Tensor) -> None:  # weights [R, degree + 1]
-    """G = e Σ_k weights_k x^k, the tile that was formed last first: it is in the cache yet."""
-    w = weights.T[:, :, None].unbind()
-    for tile in reversed(block):
-        x, e = tile.buffers
-        g = run.scratch(tile)
-        if len(w) == 1:
-            torch.mul(x, w[0], out=g)
-        else:
-            torch.addcmul(w[-2], w[-1], x, out=g)
-            for w_k in w[-3::-1]:
-                torch.addcmul(w_k, g, x, out=g)
-            g.mul_(e)
-        run.gradients.add(tile, g)
-
-
 class Run:
-    """Blocks of rows cut into tiles, in memory that all blocks share."""
+    """Blocks of rows and what the tiles of all blocks share."""
 
     def __init__(self, queries: Tensor, keys: Tensor, gradient: bool) -> None:
         self.gradients = Gradients(queries, keys)
         queries, keys = self.gradients.queries, self.gradients.keys
-        n, m = len(queries), len(keys)
+        self.count, m = len(queries), len(keys)
         row_bytes = 2 * m * queries.element_size()
-        self.rows = min(KEPT_BYTES // row_bytes, ROWS, (n + 3) // 4)
-        self.rows = min(max(self.rows, LEAST_ROWS), n)
-        starts = range(0, m, COLS)
-        self.cols = [slice(start, min(start + COLS, m)) for start in starts]
+        self.rows = min(KEPT_BYTES // row_bytes, ROWS, (self.count + 3) // 4)
+        self.rows = min(max(self.rows, LEAST_ROWS), self.count)
+        self.starts = range(0, m, COLS)
         tile = self.rows * min(COLS, m)
-        self.kept = queries.new_empty(len(starts) if gradient else 1, 2, tile)
-        self.memory = queries.new_empty(tile)
+        self.kept = queries.new_empty(len(self.starts) if gradient else 1, 2, tile)
+        self.work = queries.new_empty(tile)
 
-    def blocks(self) -> Iterator[list[Tile]]:
-        queries, keys = self.gradients.queries, self.gradients.keys
-        for start in range(0, len(queries), self.rows):
-            rows = slice(start, min(start + self.rows, len(queries)))
-            yield [
-                Tile(queries, keys, rows, cols, self.kept[index % len(self.kept)])
-                for index, cols in enumerate(self.cols)
-            ]
+    def blocks(self, degree: int) -> Iterator[tuple[slice, list[Columns]]]:
+        height, tiles = 0, []
+        for start in range(0, self.count, self.rows):
+            rows = slice(start, min(start + self.rows, self.count))
+            if rows.stop - start != height:
+                height = rows.stop - start
+                tiles = [Columns(self, index, height, degree) for index in range(len(self.starts))]
+            yield rows, tiles
 
-    def scratch(self, tile: Tile) -> Tensor:
-        return self.memory[: tile.buffers[0].numel()].view_as(tile.buffers[0])
+
+class Columns:
+    """Some of the keys against a block of rows. Its views are made once: so many small operators
+    take their time too."""
+
+    def __init__(self, run: Run, index: int, height: int, degree: int) -> None:
+        self.first = run.starts[index]
+        keys, d_keys = run.gradients.keys, run.gradients.d_keys
+        self.keys, self.d_keys = (x[self.first : self.first + COLS] for x in (keys, d_keys))
+        self.keys_t = self.keys.T
+        self.width = len(self.keys)
+
+        def view(memory: Tensor) -> Tensor:
+            return memory[: height * self.width].view(height, self.width)
+
+        self.x, self.e = (view(x) for x in run.kept[index % len(run.kept)])
+        self.work = view(run.work)
+        if degree == 0:  # nothing but e is needed
+            self.x = self.work = self.e
+        self.work_t = self.work.T
+        self.sums = keys.new_empty(degree + 1, height)
+        self.powers = self.sums.unbind()
+
+    def add_up(
+        self, queries: Tensor, first: int, x_scale: float, e_scale: float, exclude: list[int]
+    ) -> None:
+        """sums_k = Σ_j e x^k; x and e stay."""
+        x, e, work = self.x, self.e, self.work
+        torch.addmm(x[:1], queries, self.keys_t, beta=0, alpha=x_scale, out=x)
+        if e_scale == 1:
+            torch.exp(x, out=e)
+        else:
+            torch.mul(x, e_scale, out=e).exp_()
+        for offset in exclude:
+            diagonal = offset + first - self.first
+            if -len(x) < diagonal < self.width:
+                e.diagonal(diagonal).zero_()
+        torch.sum(e, 1, out=self.powers[0])
+        for k, total in enumerate(self.powers[1:]):
+            torch.sum(torch.mul(work if k else e, x, out=work), 1, out=total)
+
+    def add_gradient(self, queries: Tensor, w: Sequence[Tensor], d_queries: Tensor) -> None:
+        """By G = e Σ_k w_k x^k."""
+        g, x = self.work, self.x
+        if len(w) == 1:
+            g.mul_(w[0])
+        else:
+            torch.addcmul(w[-2], w[-1], x, out=g)
+            for w_k in w[-3::-1]:
+                torch.addcmul(w_k, g, x, out=g)
+            g.mul_(self.e)
+        d_queries.addmm_(g, self.keys)
+        self.d_keys.addmm_(self.work_t, queries)
