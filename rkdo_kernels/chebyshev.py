@@ -16,7 +16,7 @@ from .constants import host_constant
 
 MAX_DEGREE = 12
 MAX_TILT = 1.0  # powers of u that add up to exp(−tilt u) cancel: near u = 1, to exp(2 tilt) ulps
-TOLERANCE = 5 * torch.finfo(torch.float32).eps  # 4 for the defaults
+TOLERANCE = torch.finfo(torch.float32).eps  # degree 4 for the defaults
 
 
 def nodes(degree: int) -> Tensor:  # [degree + 1] float64

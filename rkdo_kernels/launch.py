@@ -46,7 +46,7 @@ def rkdo_degree(
 
     `scales` are the 1/τ_t, None for a learnable temperature. Moments need a fixed shift and a
     degree K ≤ 12 whose interpolation error, found on the host by `chebyshev.interpolation_error`
-    from these arguments alone, is at most 5 ε of float32, 6e-7, and less where alpha > ½: of a
+    from these arguments alone, is at most ε of float32, 1.2e-7, and less where alpha > ½: of a
     row's loss in nats, of a normaliser relatively, and of the gradient. It is of the order of
     (δ/2)^(K+1) / (K+1)! with δ = (c_depth − c_0) b / 2, which must not pass 1: float32's rounding
     grows as exp(2δ). float64 inputs want 16 digits: direct path.
