@@ -1,7 +1,7 @@
 """The processors that kernels are compiled for: their limits and their rates.
 
-Rates are per second of the whole device: H200 figures as measured (design.md), the others their
-makers' peak figures for dense matrices.
+Rates are per second of the whole device: H200 figures as measured, the others their makers' peak
+figures for dense matrices.
 """
 
 from __future__ import annotations

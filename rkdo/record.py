@@ -6,6 +6,7 @@ checkpoint.pt          everything needed to go on
 curves.png             loss and metrics over the steps
 field.png              the response field, if the run has one and it was asked for
 encoder.safetensors    the trained backbone
+evaluation.json        what `rkdo evaluate` found; evaluation-paper.json by the paper's protocol
 """
 
 import json
