@@ -109,7 +109,9 @@ class Waiver:
 
 
 SPLIT = "tf32x3 splits operands in registers: with the 64 keys that wgmma wants, these spill"
-NARROW = "the compiler stores from the matrix product's layout, without a way round by shared memory"
+NARROW = (
+    "the compiler stores from the matrix product's layout, without a way round by shared memory"
+)
 WAIVERS = (
     Waiver("sm_90", "moments* dk", "fp32", "512", "matrix kind", SPLIT),
     Waiver("sm_90", "field_dk *", "fp32", "512", "matrix kind", SPLIT),

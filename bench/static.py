@@ -81,17 +81,26 @@ def cases() -> list[Case]:
         Case("both_sums_bwd", symmetric._both_sums_bwd, "both_sums_bwd", both_bwd),
         *(
             Case(
-                f"single_launch k={degree['DEGREE']}", single_launch._single_launch,
-                "single_launch", {"EXCLUDE": 1, "MOST": launch.SINGLE, **degree},
-                ("table", "loss", "room"), loop="", dims=(64, 512, 16),
+                f"single_launch k={degree['DEGREE']}",
+                single_launch._single_launch,
+                "single_launch",
+                {"EXCLUDE": 1, "MOST": launch.SINGLE, **degree},
+                ("table", "loss", "room"),
+                loop="",
+                dims=(64, 512, 16),
             )
             for degree in (info_nce, rkdo)
         ),
         *(
             Case(
-                f"gradient_stripe k={degree}", gradient_stripes._gradient_stripe,
-                "gradient_stripe", {"DEGREE": degree, "POSITIVE": True, **rows}, one,
-                loop="chunks", dtypes=("bf16",), dims=(512,),
+                f"gradient_stripe k={degree}",
+                gradient_stripes._gradient_stripe,
+                "gradient_stripe",
+                {"DEGREE": degree, "POSITIVE": True, **rows},
+                one,
+                loop="chunks",
+                dtypes=("bf16",),
+                dims=(512,),
             )
             for degree in (0, 4)
         ),
@@ -130,14 +139,25 @@ def field_cases() -> list[Case]:
             constants |= {"NOISE": stored == "bf16" and "UPDATE" in does, **index}
             result.append(
                 Case(
-                    f"field_{name} {stored}", walk, "field_walk", constants, doubles,
-                    field=stored, dtypes=dtypes, dims=dims,
+                    f"field_{name} {stored}",
+                    walk,
+                    "field_walk",
+                    constants,
+                    doubles,
+                    field=stored,
+                    dtypes=dtypes,
+                    dims=dims,
                 )
             )
         result.append(
             Case(
-                f"field_dk {stored}", keys, "field_keys", {"QUERIES": False, **index},
-                field=stored, dtypes=("bf16", "fp32"), dims=(64, 512),
+                f"field_dk {stored}",
+                keys,
+                "field_keys",
+                {"QUERIES": False, **index},
+                field=stored,
+                dtypes=("bf16", "fp32"),
+                dims=(64, 512),
             )
         )
     return result
