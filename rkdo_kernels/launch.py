@@ -382,7 +382,7 @@ def is_single(n: int, m: int) -> bool:
 
 
 def stripe(count: int, length: int) -> int:
-    """Of `count` rows of bfloat16, as many as a stripe holds: multiples of 128, and 128 at least."""
+    """Of `count` rows of bfloat16, as many as a stripe holds: multiples of 128, 128 at least."""
     return min(count, 128 * max(1, STRIPE_BYTES // (256 * length)))
 
 

@@ -34,7 +34,12 @@ ARROWS = {
     "moments_gradient": {"gradient_stripes", "launch", "primitives"},
     "gradient_stripes": {"launch", "primitives"},
     "single_launch": {
-        "checks", "launch", "moments_gradient", "primitives", "quadrature", "recursion_rows",
+        "checks",
+        "launch",
+        "moments_gradient",
+        "primitives",
+        "quadrature",
+        "recursion_rows",
     },
     "gradient_loop": {"primitives"},
     "softmax_sums": {"launch", "primitives", "gradient_loop"},
@@ -44,7 +49,12 @@ ARROWS = {
     "field_rows": {"primitives"},
     "field_gradient": {"field_rows", "moments_gradient", "primitives"},
     "field": {
-        "field_gradient", "field_rows", "field_snapshot", "launch", "primitives", "softmax_sums",
+        "field_gradient",
+        "field_rows",
+        "field_snapshot",
+        "launch",
+        "primitives",
+        "softmax_sums",
     },
     "kernels": {"moments", "moments_gradient", "symmetric", "softmax_sums", "recursion"},
     # operators choose between kernels and tiles
@@ -56,7 +66,14 @@ ARROWS = {
     "dense_field": {"batch", "field_ops", "field_tiles", "initial", "once"},
     "snapshot_field": {"batch", "field_ops", "initial", "once"},
     "response": {
-        "batch", "checks", "constants", "dense_field", "initial", "losses", "ops", "snapshot_field",
+        "batch",
+        "checks",
+        "constants",
+        "dense_field",
+        "initial",
+        "losses",
+        "ops",
+        "snapshot_field",
     },
     # losses: arguments, rows, public functions, modules
     "problem": {"checks", "launch", "ops", "small"},
