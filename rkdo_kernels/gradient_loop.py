@@ -34,7 +34,8 @@ def gradient_loop(
     """One program per block of queries or of keys and stripe of WIDTH: G keys or Gᵀ queries.
 
     If BETWEEN, Σ_j G_ij (zk_j − zq_i) or Σ_i G_ij (zq_i − zk_j). A tile is [OWN, OTHER]: to the
-    keys it is one of Sᵀ, what rows need lies along its columns, and its diagonals have the other sign.
+    keys it is one of Sᵀ, what rows need lies along its columns, and its diagonals have the
+    other sign.
     """
     OWN: tl.constexpr = ROWS if QUERIES else COLS
     OTHER: tl.constexpr = COLS if QUERIES else ROWS
