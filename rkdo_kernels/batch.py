@@ -57,7 +57,7 @@ def make_batch(
         raise ValueError("temperature must not require a gradient: the field has none for it")
     queries, keys = out_of_autocast(queries, keys)
     checks.embeddings(queries, keys)
-    checks.pairing(queries, keys, None)
+    checks.as_many("ResponseField", queries, keys)
     checks.no_forward_mode(queries, keys)
     if queries.device != device:
         raise ValueError(f"queries are on {queries.device}, the field on {device}: want one device")
@@ -65,6 +65,7 @@ def make_batch(
     index = index_of(index, queries.shape[0], n, device)
     if isinstance(temperature, Tensor):
         scale = 1 / temperature.to(device, ops.row_dtype(queries)).reshape(())
+        scale = torch.where((scale > 0) & torch.isfinite(scale), scale, float("nan"))
     else:
         scale = torch.full((), 1 / temperature, dtype=ops.row_dtype(queries), device=device)
     ranks, rank = ranks_of(group)
@@ -97,7 +98,7 @@ def index_of(index: Index, size: int, n: int, device: torch.device) -> Tensor:  
         raise ValueError(f"index must have {size} samples, got shape {list(index.shape)}")
     if index.device != device and index.device.type != "cpu":
         raise ValueError(f"index is on {index.device}, the field on {device}: want one device")
-    return index.long()
+    return index.long().contiguous()
 
 
 def settle(

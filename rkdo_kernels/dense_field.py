@@ -44,6 +44,13 @@ class DenseField:
         if initial.tensors and device.type != "meta":
             self.fill(initial, held[0], n)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors["matrix"].dtype
+
+    def to(self, device: torch.device) -> None:
+        self.tensors.update({name: x.to(device) for name, x in self.tensors.items()})
+
     def fill(self, initial: Initial, first: int, n: int) -> None:
         matrix, diagonal, row_sum, clock = self.tensors.values()
         step = max(1, FILLED_AT_ONCE // n)
@@ -72,7 +79,7 @@ class DenseField:
             *batch.detached, matrix, diagonal, row_sum, *place, alpha, clock, gradient,
             batch.backend,
         )  # fmt: skip
-        clock[1].add_(1)
+        clock[1].add_(torch.isfinite(batch.scale))
         return result
 
     def losses(self, batch: Batch, alpha: Tensor | None) -> Tensor:  # [R]

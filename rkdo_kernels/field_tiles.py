@@ -163,7 +163,7 @@ class Run:
             queries, keys = queries.double(), keys.double()
         self.gradients = Gradients(compute(queries), compute(keys)) if gradient else None
         self.queries, self.keys = compute(queries), compute(keys)
-        self.scale = float(scale)
+        self.scale = float(scale.to(self.queries.dtype))  # one too large is infinite
         n, m = len(queries), len(keys)
         size = self.queries.element_size()
         self.rows = max(1, min(n, max(LEAST_ROWS, BLOCK_BYTES // (m * size))))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import checks, dense_field, snapshot_field
-from .batch import Batch, Exchange, Given, Index, held, make_batch, ranks_of
+from .batch import Batch, Exchange, Given, Index, held, index_of, make_batch, ranks_of
 from .constants import plain
 from .initial import Initial
 from .losses import REDUCTIONS, Backend, Reduction
@@ -139,8 +139,9 @@ class ResponseField:
     ) -> None:
         """P[I, I] ← (1 − α) P[I, I] + α m q,  m_i = Σ_{k in I} P_ik.
 
-        A row whose embedding, or whose q, is not finite stays as it is. On an error, so does the
-        field. On a GPU a bad index changes nothing.
+        A row whose embedding is not finite, also in a snapshot's dtype, stays as it is; so does one
+        whose q is not finite, in a snapshot over the finite keys. On an error, so does the field.
+        On a GPU a bad index changes nothing.
 
         Raises:
             ValueError, TypeError, RuntimeError: as `loss`; alpha outside [0, 1]; a call while a
@@ -241,8 +242,7 @@ class ResponseField:
     def to(self, device: torch.device | str) -> ResponseField:
         """Moves the state, and returns the field."""
         place = torch.empty(0, device=device).device
-        for name, x in self._tensors.items():
-            self._tensors[name] = x.to(place)
+        self._state.to(place)
         return self
 
     def __len__(self) -> int:
@@ -272,6 +272,8 @@ class ResponseField:
         self, queries: Tensor, keys: Tensor, index: Index, temperature: Any, backend: str
     ) -> Batch:
         temperature = temperature if torch.compiler.is_compiling() else plain(temperature)
+        if backend == "auto" and self._state.dtype == torch.float64:
+            backend = "tiled"  # the kernels have no such field
         batch = make_batch(
             queries, keys, index, self._n, self.device, temperature, backend, self._group
         )
@@ -316,6 +318,9 @@ class ResponseField:
             size = len(range(self._n)[index])
         else:
             size = len(index) if isinstance(index, Tensor) and index.dim() else 1
+        index = index_of(index, size, self._n, self.device)
+        if not size:
+            raise ValueError("index must not be empty")
         nothing = torch.ones(size, 1, device=self.device)
         ranks, rank = ranks_of(self._group)
         batch = make_batch(nothing, nothing, index, self._n, self.device, 1.0, "tiled")

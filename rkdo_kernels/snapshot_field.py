@@ -48,6 +48,15 @@ class SnapshotField:
             **{f"initial.{name}": x for name, x in initial.tensors.items()},
         }
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors["queries"].dtype
+
+    def to(self, device: torch.device) -> None:
+        self.tensors.update({name: x.to(device) for name, x in self.tensors.items()})
+        for name in self.initial.tensors:
+            self.initial.tensors[name] = self.tensors[f"initial.{name}"]
+
     def evaluate(
         self, batch: Batch, alpha: Tensor | None, gradient: bool
     ) -> tuple[Tensor, Tensor, Tensor]:  # [R], [R, D], [B, D]
@@ -108,8 +117,9 @@ class SnapshotField:
         visits, rows = self.tensors["visits"], batch.rows
         keys = batch.keys[batch.own].detach()
         queries = batch.queries.detach()
-        good = torch.isfinite(queries).all(1) & torch.isfinite(keys).all(1)
-        good &= torch.isfinite(batch.scale)
+        good = torch.isfinite(self.scores(batch))
+        for x in (queries, keys):
+            good &= torch.isfinite(x.to(self.dtype)).all(1)
         slot = visits[rows] % len(self.tensors["queries"])
         for name, new in (("queries", queries), ("keys", keys)):
             old = self.tensors[name]
@@ -121,7 +131,14 @@ class SnapshotField:
         history = len(self.tensors["queries"])
         count = visits[rows] + good
         visits[rows] = torch.where(count >= 2 * history, count - history, count).to(visits.dtype)
-        self.tensors["clock"][1].add_(1)
+        self.tensors["clock"][1].add_(torch.isfinite(batch.scale))
+
+    def scores(self, batch: Batch) -> Tensor:  # [R]
+        """At least the rows' largest |c S_ij|, keys that are not finite left out."""
+        wide = field_ops.wide(batch.keys, self.dtype)
+        queries, keys = (x.to(wide).abs().amax(1) for x in batch.detached)
+        largest = torch.where(torch.isfinite(keys), keys, 0).amax()
+        return queries * largest * (batch.keys.shape[1] * batch.scale).to(wide)
 
     def block(self, batch: Batch) -> Tensor:  # [R, B], p̂
         past_queries, past_keys, weights, scales, visits, prior, prior_cols, *labels = self.past(
