@@ -39,7 +39,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERANDS = ("queries", "keys", "gradient", "stripe")
 FLOATS = ("unit", "alpha", "scale", "longest")
 INTEGERS = {"rows": "i64", "cols": "i64", "own": "i64", "clock": "i64", "noise": "i32"}
-OFFSETS = ("exclude_a", "exclude_b", "positive_offset")
 AWKWARD = ("sm_90", "gfx942")  # a target of each compiler backend for the odd specialisations
 VARIANTS = ("aligned", "unaligned", "ones")  # of the integer arguments; see `specialise`
 

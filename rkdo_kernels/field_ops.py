@@ -6,7 +6,6 @@ a gradient, response.py hands to autograd. Arguments are those of field_tiles.py
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -19,10 +18,9 @@ from .ops import product_dtype, row_dtype
 
 def implementation(backend: str) -> ModuleType:
     if backend == "triton":
-        try:
-            return import_module(".field", __package__)
-        except ModuleNotFoundError as error:
-            raise RuntimeError("backend='triton' has no kernels for the response field") from error
+        from . import field
+
+        return field
     return field_tiles
 
 

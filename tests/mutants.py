@@ -42,6 +42,12 @@ FILES = {  # the tests that a file's mutants have to pass, quickest first
         "tests/test_ops.py::test_moments",
         *KERNELS[-1:],
     ],
+    "quadrature": ["tests/test_one_pass.py", "tests/test_moments.py", "tests/test_losses.py"],
+    "one_pass": ["tests/test_one_pass.py", "tests/test_tiled.py", "tests/test_losses.py"],
+    "recursion_rows": ["tests/test_moments.py", "tests/test_losses.py", "tests/test_bounds.py"],
+    "single_launch": ["tests/test_single_launch.py", "tests/test_bounds.py"],
+    "gradient_stripes": ["tests/test_gradient_stripes.py", "tests/test_bounds.py"],
+    "field_tiles": ["tests/test_field_ops.py", "tests/test_response.py"],
     "symmetric": ["tests/test_symmetric.py", "tests/test_bounds.py"],
     "softmax_sums": [*KERNELS[1:2], *KERNELS[4:]],
     "recursion": [*KERNELS[3:4], *KERNELS[5:]],
@@ -57,8 +63,8 @@ FILES = {  # the tests that a file's mutants have to pass, quickest first
     "ratios": ["tests/test_losses.py::test_rkdo_settings", "tests/test_losses.py::test_golden"],
 }
 TRITON = (
-    "moments", "moments_gradient", "symmetric", "softmax_sums", "recursion", "gradient_loop",
-    "primitives",
+    "moments", "moments_gradient", "recursion_rows", "single_launch", "gradient_stripes",
+    "symmetric", "softmax_sums", "recursion", "gradient_loop", "primitives",
 )  # fmt: skip
 OPERATORS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Lt: "<=", ast.LtE: "<",
@@ -74,9 +80,7 @@ EQUIVALENT = [
     ("ratios", "torch.where(w <= 30, small", "both sides agree there to 1e-13"),
     ("ratios", "w.clamp_max(31)", "the other side is taken from 30 on"),
     ("ratios", "torch.full_like(log_q[:, 1], math", "any column: only its shape counts"),
-    ("rows", "phi = torch.zeros_like(w[:, 1])", "any column: only its shape counts"),
     ("rows", "scale * peak, 1) + _log(mass)", "the other summand is −∞ there"),
-    ("rows", "scale, bound, 1, exclude, problem.backend)", "a moment that nobody reads"),
 ]
 
 
