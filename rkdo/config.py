@@ -17,19 +17,24 @@ CHANGEABLE = frozenset(
         "data_dir", "download", "device",
     }
 )  # fmt: skip
-# Settings that only one value of another setting reads.
-NEEDS = {
-    "recursion": ("method", ("rkdo",)),
-    "icon_weight": ("method", ("rkdo",)),
-    "alpha_schedule": ("method", ("rkdo",)),
-    "alpha_final": ("alpha_schedule", ("linear", "cosine")),
-    "depth": ("recursion", ("batch",)),
-    "cooling": ("recursion", ("batch",)),
-    "detach_target": ("recursion", ("batch",)),
-    "history": ("recursion", ("snapshot",)),
-    "field_dtype": ("recursion", ("dense", "snapshot")),
-    "update_every": ("recursion", ("dense", "snapshot")),
+# Settings that are read only beside certain values of other settings.
+RKDO = {"method": ("rkdo",)}
+IN_BATCH = {**RKDO, "recursion": ("batch",)}
+FIELD = {"recursion": ("dense", "snapshot")}
+NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "recursion": RKDO,
+    "alpha": RKDO,
+    "icon_weight": RKDO,
+    "alpha_schedule": RKDO,
+    "alpha_final": {"alpha_schedule": ("linear", "cosine")},
+    "depth": IN_BATCH,
+    "cooling": IN_BATCH,
+    "detach_target": IN_BATCH,
+    "history": {"recursion": ("snapshot",)},
+    "field_dtype": FIELD,
+    "update_every": FIELD,
 }
+OF_ICON = ("debias", "kernel")  # read by --method icon and with a share of it
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class TrainConfig:
     temperature: float | None = None
     """Temperature of the similarities. None: 0.5 for rkdo and icon, 0.1 for infonce."""
     temperature_decay: float = 0.0
-    """By how much the temperature falls, in equal steps, over the whole training, 0 to below 1."""
+    """b in temperature (1 - b t/T) at step t = 0..T-1 of the whole training, 0 to below 1."""
     recursion: Literal["batch", "dense", "snapshot"] = "batch"
     """rkdo: what the target recurs over. batch: DEPTH times in every batch, from the identity.
     dense, snapshot: the steps of training, in a response field over all training images, whole or
@@ -68,9 +73,10 @@ class TrainConfig:
     alpha: float = 0.5
     """rkdo: share of the learned distribution in the next target, 0 to 1."""
     alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """rkdo: how alpha goes from ALPHA to ALPHA_FINAL over the whole training."""
+    """rkdo: how alpha goes from ALPHA, at step 0 of the whole training's T, to ALPHA_FINAL, which
+    step T would have."""
     alpha_final: float | None = None
-    """rkdo: where a schedule of alpha ends, 0 to 1. None: 0."""
+    """rkdo: what a schedule of alpha goes to, 0 to 1. None: 0."""
     depth: int = 3
     """rkdo, recursion in the batch: number of recursions."""
     cooling: float = 0.1
@@ -89,9 +95,9 @@ class TrainConfig:
     icon_weight: float = 0.0
     """rkdo: share w of I-Con in the loss, (1 - w) RKDO + w I-Con, 0 to 1."""
     debias: float = 0.2
-    """icon: share of the uniform distribution in the target, 0 to 1."""
+    """icon, and ICON_WEIGHT's part: share of the uniform distribution in the target, 0 to 1."""
     kernel: Literal["gaussian", "student"] = "gaussian"
-    """icon: the learned distribution's kernel."""
+    """icon, and ICON_WEIGHT's part: the learned distribution's kernel."""
 
     epochs: int = 12
     """Passes over the training images, or over STEPS_PER_EPOCH batches."""
@@ -145,9 +151,16 @@ class TrainConfig:
             _check(self, name, "at least 1", lambda v: v >= 1)
         for name in ("workers", "evaluate_every"):
             _check(self, name, "at least 0", lambda v: v >= 0)
-        for field in fields(self):
-            if field.name in NEEDS and getattr(self, field.name) != field.default:
-                _check_needed(self, field.name, *NEEDS[field.name])
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        for name, needed in NEEDS.items():
+            for other, wanted in needed.items() if name in given else ():
+                _check_needed(self, name, other, wanted)
+        for name in OF_ICON:
+            if name in given and self.method != "icon" and not self.icon_weight:
+                raise UserError(
+                    f"{flag(name)} {getattr(self, name)} needs --method icon or a part of it, "
+                    f"--icon-weight, got --method {self.method}"
+                )
 
     @property
     def size(self) -> int:
@@ -180,7 +193,10 @@ class TrainConfig:
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             raise UserError(f"{source} is not the configuration of an rkdo run of this version")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
 
 def check_resumable(old: TrainConfig, new: TrainConfig) -> None:

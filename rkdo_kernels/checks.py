@@ -102,11 +102,13 @@ def number(
         raise ValueError(f"{name} must be in [{at_least}, {end}, got {value}")
 
 
-def integer(name: str, value: Any, at_least: int) -> None:
+def integer(name: str, value: Any, at_least: int, below: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    if below is not None and value >= below:
+        raise ValueError(f"{name} must be below {below}, got {value}")
 
 
 def flag(name: str, value: Any) -> None:

@@ -54,7 +54,7 @@ class ResponseField:
         seed: int = 0,
         process_group: Any = None,
     ) -> ResponseField:
-        """The field as an n × n matrix, in float32 or bfloat16; exact.
+        """The field as an n × n matrix, in float32, bfloat16 or (PyTorch path) float64; exact.
 
         `initial` is "identity" (a sample's other view), [n] integer labels (all samples of a row's
         label alike), or [n, n] sparse CSR weights of neighbours (an empty row: identity). `seed` is
@@ -65,7 +65,7 @@ class ResponseField:
             MemoryError: a matrix that the device cannot have.
         """
         device, group = settle(n, device, process_group)
-        checks.integer("seed", seed, at_least=0)
+        checks.integer("seed", seed, at_least=0, below=2**63)
         check_dtype(dtype, dense_field.DTYPES)
         start = Initial(initial, n, device)
         rows = held(n, *ranks_of(group))
@@ -139,8 +139,9 @@ class ResponseField:
     ) -> None:
         """P[I, I] ← (1 − α) P[I, I] + α m q,  m_i = Σ_{k in I} P_ik.
 
-        A row whose embedding is not finite, also in a snapshot's dtype, stays as it is; so does one
-        whose q is not finite, in a snapshot over the finite keys. On an error, so does the field.
+        A row whose embedding is not finite stays as it is, in a snapshot also one that its dtype
+        does not hold or that has entries past 2³²; so does one whose q is not finite, in a snapshot
+        over the finite keys. On an error, so does the field.
         On a GPU a bad index changes nothing.
 
         Raises:
@@ -220,7 +221,10 @@ class ResponseField:
 
         Raises:
             ValueError: another kind, n, share of the rows, dtype or shape; the field is unchanged.
+            TypeError: what is no dict, or has no tensor where the field has one; likewise.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"state must be a dict, got {type(state).__name__}")
         mine = {"kind": self.kind, "n": self._n, "held": list(self._held)}
         for name, wanted in mine.items():
             if state.get(name) != wanted:
@@ -230,6 +234,8 @@ class ResponseField:
             raise ValueError(f"state and field differ in {', '.join(odd)}")
         for name, x in self._tensors.items():
             new = state[name]
+            if not isinstance(new, Tensor):
+                raise TypeError(f"state has {name} of type {type(new).__name__}, want a tensor")
             if new.shape != x.shape or new.dtype != x.dtype:
                 raise ValueError(
                     f"state has {name} {list(new.shape)} {checks.dtype_name(new)}, "

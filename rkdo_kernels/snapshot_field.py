@@ -14,6 +14,7 @@ from .initial import Initial
 from .once import once
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LARGEST = 2.0**32  # an embedding's entry that is kept: a later batch pairs it with any other's
 
 
 class SnapshotField:
@@ -113,13 +114,14 @@ class SnapshotField:
         return every
 
     def write(self, batch: Batch, alpha: Tensor) -> None:
-        """The present embeddings as the newest visit, but for rows that are not finite."""
+        """The present embeddings as the newest visit, but for rows that are not finite or whose
+        logits, with these keys or with those of any visit, may not be."""
         visits, rows = self.tensors["visits"], batch.rows
         keys = batch.keys[batch.own].detach()
         queries = batch.queries.detach()
         good = torch.isfinite(self.scores(batch))
         for x in (queries, keys):
-            good &= torch.isfinite(x.to(self.dtype)).all(1)
+            good &= (x.to(self.dtype).double().abs() <= LARGEST).all(1)
         slot = visits[rows] % len(self.tensors["queries"])
         for name, new in (("queries", queries), ("keys", keys)):
             old = self.tensors[name]
@@ -134,10 +136,11 @@ class SnapshotField:
         self.tensors["clock"][1].add_(torch.isfinite(batch.scale))
 
     def scores(self, batch: Batch) -> Tensor:  # [R]
-        """At least the rows' largest |c S_ij|, keys that are not finite left out."""
+        """At least the rows' largest |c S_ij|, over these keys but those that are not finite, and
+        over all that may be kept."""
         wide = field_ops.wide(batch.keys, self.dtype)
         queries, keys = (x.to(wide).abs().amax(1) for x in batch.detached)
-        largest = torch.where(torch.isfinite(keys), keys, 0).amax()
+        largest = torch.where(torch.isfinite(keys), keys, 0).amax().clamp_min(LARGEST)
         return queries * largest * (batch.keys.shape[1] * batch.scale).to(wide)
 
     def block(self, batch: Batch) -> Tensor:  # [R, B], p̂

@@ -94,6 +94,11 @@ def test_the_defaults_are_the_papers():
         ({"depth": 2, "recursion": "dense"}, "--depth 2 needs --recursion batch, got dense"),
         ({"cooling": 0.0, "recursion": "snapshot"}, "--cooling 0.0 needs --recursion batch"),
         ({"detach_target": True, "recursion": "dense"}, "--detach-target True needs --recursion"),
+        ({"alpha": 0.1, "method": "infonce"}, "--alpha 0.1 needs --method rkdo, got infonce"),
+        ({"cooling": 0.2, "method": "icon"}, "--cooling 0.2 needs --method rkdo, got icon"),
+        ({"depth": 1, "method": "infonce"}, "--depth 1 needs --method rkdo, got infonce"),
+        ({"debias": 0.3}, "--debias 0.3 needs --method icon or a part of it, --icon-weight, got "),
+        ({"kernel": "student", "method": "infonce"}, "--kernel student needs --method icon or a "),
     ],
     ids=str,
 )  # fmt: skip
@@ -132,6 +137,12 @@ def test_a_configuration_survives_json():
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict())), "x") == config
 
 
+def test_a_bad_value_in_a_file_is_named_with_the_file():
+    values = {**TrainConfig().to_dict(), "alpha": 2.0}
+    with pytest.raises(UserError, match=r"^run/config\.json: --alpha must be between 0 and 1, got"):
+        TrainConfig.from_dict(values, "run/config.json")
+
+
 @pytest.mark.parametrize(
     "values", [None, [], {}, {"dataset": "digits"}, {**TrainConfig().to_dict(), "more": 1}]
 )
@@ -155,6 +166,8 @@ ALONG = {  # what a setting needs beside it
     "history": {"recursion": "snapshot"},
     "field_dtype": {"recursion": "dense"},
     "update_every": {"recursion": "dense"},
+    "debias": {"icon_weight": 0.5},
+    "kernel": {"method": "icon"},
 }
 
 

@@ -372,6 +372,19 @@ def test_snapshots_that_would_not_be_finite_are_not_kept(dtype, factor, temperat
     assert field.step(**views, index=index, backend=backend).isfinite()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_snapshots_that_would_not_be_finite_with_others_are_not_kept(backend):
+    index, views = batch()
+    field = KINDS["snapshot"](dtype=torch.float32)
+    half = B // 2
+    large = [(views["queries"][:half] * 1e25, views["keys"][:half]),
+             (views["queries"][half:], views["keys"][half:] * 1e25)]  # fmt: skip
+    for of, (queries, keys) in zip((index[:half], index[half:]), large, strict=True):
+        field.update(queries, keys, index=of, backend=backend)
+    assert field.block(index).isfinite().all()
+    assert field.step(**views, index=index, backend=backend).isfinite()
+
+
 def test_a_temperature_whose_inverse_is_no_float32(make):
     field = visited(make)
     index, views = batch()
@@ -459,6 +472,10 @@ def test_a_saved_field_of_another_making_is_refused():
     del broken["row_sum"]
     with pytest.raises(ValueError, match="differ in row_sum"):
         wanted.load_state_dict(broken)
+    with pytest.raises(TypeError, match="state must be a dict, got list"):
+        wanted.load_state_dict(list(before))
+    with pytest.raises(TypeError, match="state has matrix of type int, want a tensor"):
+        wanted.load_state_dict({**before, "matrix": 3})
     same_bytes(before, wanted.state_dict())
     labelled = KINDS["snapshot"](initial=torch.arange(N))
     with pytest.raises(ValueError, match=re.escape("differ in initial.labels")):
