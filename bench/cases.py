@@ -13,6 +13,7 @@ import rkdo_kernels
 from rkdo_kernels import reference
 
 from . import contenders as by
+from . import fields
 from .contenders import Contender
 from .problems import two_views
 
@@ -86,6 +87,7 @@ def nt_xent_rows(queries: Tensor, images: Tensor, *, positive_offset: int = 0) -
 
 FEWER = ((1024, 64), (4096, 64))
 GPU_FEWER = ((4096, 64), (16384, 64), (65536, 64))
+OF_FIELDS = Work(products=3, exponentials=1)  # S once, for both gradients and the update
 RKDO = standard(rkdo_kernels.rkdo_loss, reference.rkdo_loss)
 CASES = (
     Case(
@@ -141,5 +143,28 @@ CASES = (
         ),
         shapes=FEWER,
         gpu_shapes=GPU_FEWER,
+    ),
+    Case(
+        "field_dense",
+        fields.dense(torch.float32),
+        work=OF_FIELDS,
+        shapes=FEWER,
+        gpu_shapes=((4096, 64), (16384, 64)),
+        quick=((4096, 64),),
+    ),
+    Case(
+        "field_dense_bf16",
+        fields.dense(torch.bfloat16),
+        work=OF_FIELDS,
+        shapes=FEWER,
+        gpu_shapes=((4096, 64), (16384, 64), (65536, 64)),
+    ),
+    Case(
+        "field_snapshot",
+        fields.snapshot(),
+        work=Work(products=3 + fields.HISTORY, exponentials=1 + fields.HISTORY),
+        shapes=((1024, 64),),
+        gpu_shapes=((1024, 64), (4096, 64)),
+        quick=((1024, 64),),
     ),
 )

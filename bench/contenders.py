@@ -96,12 +96,16 @@ def eager(rows: RowLoss, symmetric: bool = False, pooled: bool = False) -> Conte
 
 def compiled(rows: RowLoss, symmetric: bool = False, pooled: bool = False) -> Contender:
     def make(n: int, device: torch.device) -> Loss:
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        torch._dynamo.reset()
-        return torch.compile(mean_of(rows, symmetric, pooled), dynamic=False)
+        return compiled_loss(mean_of(rows, symmetric, pooled))
 
     return Contender("compiled", make, rows, symmetric, pooled)
+
+
+def compiled_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    torch._dynamo.reset()
+    return torch.compile(loss, dynamic=False)
 
 
 def chunked(rows: RowLoss, symmetric: bool = False, pooled: bool = False) -> Contender:

@@ -15,7 +15,7 @@ from torch import Tensor
 import rkdo_kernels
 from rkdo_kernels import reference
 
-from . import accuracy, contenders, gpu_timing
+from . import accuracy, contenders, fields, gpu_timing
 from .cases import nt_xent_rows
 from .contenders import Contender, RowLoss
 from .measure import DTYPES, forward_and_backward, release
@@ -76,6 +76,8 @@ def paths() -> dict[str, Contender]:
     found["nt_xent"] = contenders.ours(
         rkdo_kernels.nt_xent, nt_xent_rows, symmetric=True, pooled=True
     )
+    found["field, fp32"] = fields.untouched(torch.float32)
+    found["field, bf16"] = fields.untouched(torch.bfloat16)
     return found
 
 
@@ -144,12 +146,17 @@ def plan() -> list[tuple[str, Callable[[], Check]]]:
         checks.append((label, accurate, (contender, 1001, 64, "bf16")))
         label = f"{RERUNS} reruns bitwise: {name}, bf16, 1001×64"
         checks.append((label, bitwise, (contender,)))
-    for name in ("rkdo, moments", "info_nce", "rkdo, direct", "icon, student"):
+    for name in ("rkdo, moments", "info_nce", "rkdo, direct", "icon, student", "field, bf16"):
         label = f"N·M past 2³¹: {name}, bf16, {BEYOND}×64"
         checks.append((label, accurate, (every[name], BEYOND, 64, "bf16")))
     for name in ("rkdo, moments", "info_nce"):
         label = f"stripes of ∂L/∂S: {name}, bf16, 9001×256"
         checks.append((label, accurate, (every[name], 9001, 256, "bf16")))
+    for stored in (torch.float32, torch.bfloat16):
+        for n in (1001, 129):
+            label = f"the field's update, {str(stored)[6:]}, {n}×64"
+            checks.append((label, updated, (stored, n)))
+    checks.append(("field of snapshots, 1001 of 5000 × 64", snapshots, ()))
     for name in ("rkdo, moments", "rkdo, direct"):
         label = f"offsets past 2³¹: {name}, bf16, rows 2²⁰ elements apart"
         checks.append((label, far_apart, (every[name],)))
@@ -165,13 +172,13 @@ def plan() -> list[tuple[str, Callable[[], Check]]]:
     return [(label, partial(check, label, *rest)) for label, check, rest in checks]
 
 
-def loss_of(contender: Contender, n: int) -> contenders.Loss:
-    return contender.make(n, torch.device(DEVICE))
+def loss_of(contender: Contender, inputs: dict[str, Tensor]) -> contenders.Loss:
+    return contender.make(len(inputs["queries"]), torch.device(DEVICE))
 
 
 def accurate(label: str, contender: Contender, n: int, d: int, dtype: str) -> Check:
     inputs = two_views(n, d, DTYPES[dtype], DEVICE)
-    return compare(label, contender, inputs, accuracy.evaluate(loss_of(contender, n), inputs))
+    return compare(label, contender, inputs, accuracy.evaluate(loss_of(contender, inputs), inputs))
 
 
 def compare(
@@ -192,13 +199,58 @@ def far_apart(label: str, contender: Contender) -> Check:
     far = room.as_strided((n, d), (apart, 1))
     far.copy_(near["keys"].detach())
     inputs = {"queries": near["queries"], "keys": far}
-    found = accuracy.evaluate(loss_of(contender, n), inputs)
+    found = accuracy.evaluate(loss_of(contender, inputs), inputs)
     return compare(label, contender, near, found)
+
+
+def updated(label: str, stored: torch.dtype, n: int) -> Check:
+    """A field after steps over changing samples, two times from the start: the same bits, and what
+    the written-out recursion gives, but for rounding, which by chance has no bias."""
+    device = torch.device(DEVICE)
+    states, steps, alpha = [], 20, 0.2
+    for _ in range(2):
+        field = fields.dense_field(n, device, stored)
+        truth = field.rows(slice(0, n)).double()
+        for step in range(steps):
+            index, views = some_samples(n, step)
+            settings = {"alpha": alpha, "temperature": fields.TEMPERATURE}
+            field.step(**views, index=index, **settings)
+            place = index[:, None], index
+            exact = {name: x.double() for name, x in views.items()}
+            truth[place] = reference.field_update(truth[place], **exact, **settings)
+        states.append(field.rows(slice(0, n)).double())
+    same = torch.equal(*states)
+    unit = 2.0**-7 if stored == torch.bfloat16 else 2.0**-20
+    errors = (states[0] - truth) / (truth + 1 / n)
+    error, bias = float(errors.abs().max()), float(errors.mean().abs())
+    drift = float((states[0].sum(1) - 1).abs().max())
+    fine = same and error <= steps * unit and bias <= unit / 4 and drift <= 1e-3
+    detail = f"entries to {error:.1e}, on average {bias:.1e}; rows add up to 1 ± {drift:.1e}"
+    return Check(label, fine, detail + ("" if same else ", not the same bits twice"))
+
+
+def some_samples(n: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    views = two_views(max(2, n - 5 * step), 64, torch.float32, DEVICE, seed=step)
+    index = torch.randperm(n, generator=generator)[: len(views["queries"])].to(DEVICE)
+    return index, {name: x.detach() for name, x in views.items()}
+
+
+def snapshots(label: str) -> Check:
+    inputs = two_views(1001, 64, torch.bfloat16, DEVICE)
+    n, generator = len(inputs["queries"]), torch.Generator().manual_seed(0)
+    index = torch.randperm(5000, generator=generator)[:n].to(DEVICE)
+    field = fields.snapshot_field(n, index.device, 5000, index)
+    contender = contenders.ours(
+        lambda queries, keys: field.loss(queries, keys, index, temperature=fields.TEMPERATURE),
+        fields.snapshot_rows,
+    )
+    return compare(label, contender, inputs, accuracy.evaluate(loss_of(contender, inputs), inputs))
 
 
 def bitwise(label: str, contender: Contender) -> Check:
     inputs = two_views(1001, 64, torch.bfloat16, DEVICE)
-    loss = loss_of(contender, 1001)
+    loss = loss_of(contender, inputs)
     first = accuracy.evaluate(loss, inputs)
     differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(RERUNS):
@@ -212,7 +264,7 @@ def bitwise(label: str, contender: Contender) -> Check:
 def in_a_graph(label: str, contender: Contender) -> Check:
     """Captured once, replayed on other numbers: the same bits as without a graph."""
     inputs, others = (two_views(129, 64, torch.float32, DEVICE, seed=seed) for seed in (0, 1))
-    loss = loss_of(contender, 129)
+    loss = loss_of(contender, inputs)
     replay = gpu_timing.replayed(partial(forward_and_backward, loss, inputs))
     with torch.no_grad():
         for name, x in inputs.items():

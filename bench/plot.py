@@ -61,7 +61,10 @@ def draw(paths: list[Path], folder: Path, case: str | None = None) -> list[Path]
         if case in (None, group[0].case)
     }
     if not drawable:
-        raise BenchError("nothing to draw: no case has results at two sizes")
+        of = "no case" if case is None else f"no case {case!r}"
+        raise BenchError(
+            f"nothing to draw: {of} has results at two sizes in {', '.join(map(str, paths))}"
+        )
     make_folder(folder)
     for path, group in drawable.items():
         picture(group, path)

@@ -18,10 +18,11 @@ CHANGEABLE = frozenset(
     }
 )  # fmt: skip
 # Settings that are read only beside certain values of other settings.
-RKDO = {"method": ("rkdo",)}
-IN_BATCH = {**RKDO, "recursion": ("batch",)}
-FIELD = {"recursion": ("dense", "snapshot")}
-NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
+Needed = dict[str, tuple[str, ...]]
+RKDO: Needed = {"method": ("rkdo",)}
+IN_BATCH: Needed = {**RKDO, "recursion": ("batch",)}
+FIELD: Needed = {"recursion": ("dense", "snapshot")}
+NEEDS: dict[str, Needed] = {
     "recursion": RKDO,
     "alpha": RKDO,
     "icon_weight": RKDO,

@@ -115,8 +115,10 @@ def settle(
         if bool(twice.any()):
             raise ValueError(f"index must not repeat a sample, got {int(ordered[1:][twice][0])}")
         start = int(index[0])
-        follows = torch.equal(index, torch.arange(start, start + len(index)))
-        return index.to(device, non_blocking=True), start if follows else None, None
+        follows = torch.arange(start, start + len(index))
+        if torch.equal(index, follows):  # made there: no copy, which a CUDA graph cannot capture
+            return torch.arange(start, start + len(index), device=device), start, None
+        return index.to(device, non_blocking=True), None, None
     index = index.to(device)
     ordered = index.sort().values
     fault = (ordered[0] < 0) | (ordered[-1] >= n) | (ordered[1:] == ordered[:-1]).any()

@@ -118,7 +118,7 @@ def _dense_rows(
 
 @triton.jit
 def mixed(x):
-    """A permutation of uint32; see field_tiles.mix."""
+    """A permutation of uint32; see rounding.mix."""
     for _ in tl.static_range(2):
         x = (x ^ (x >> 16)) * 0x45D9F3B
     return x ^ (x >> 16)

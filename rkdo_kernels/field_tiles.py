@@ -6,18 +6,13 @@ blocks share. The Triton kernels compute the same under the same names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor
 
-from .tiles import Gradients, compute, sums
-
-BLOCK_BYTES = 1 << 20  # of one of a block's three or four buffers
-LEAST_ROWS = 16
-LARGEST_LOGIT = {torch.float32: 40.0, torch.float64: 300.0}  # whose exponentials are safe unshifted
-MASK = (1 << 32) - 1
-
+from .field_blocks import Block, Run, Target, has_mass, is_flat, least
+from .rounding import Noise
 
 # ---- dense ---------------------------------------------------------------------------------------
 
@@ -48,17 +43,19 @@ def dense_pass(
     without mass too, and has loss 0 and gradient 0. A scale of NaN so leaves the whole field.
     """
     run = Run(queries, keys, scale, gradient, matrix.dtype)
-    loss = run.queries.new_empty(len(queries), dtype=sums(queries))
     stored = Stored(matrix, diagonal, rows, cols, own, start, run)
+    update = None if alpha is None else Update(stored, run, alpha, row_sum, clock)
     for block in run.blocks():
-        p, mass, excess = stored.target(block)
-        block.logits(run.keys, run.scale)
-        loss[block.rows] = block.divergence(p, mass, excess)
-        if alpha is not None:
-            stored.update(block, mass, loss[block.rows], alpha, row_sum, clock)
+        target = stored.target(block)
+        block.divergence(target)
         if gradient:
-            block.add_gradient(run, p, mass)
-    return loss, *run.result()
+            block.add_gradient(target)
+        if update:
+            update.write(block, target)
+    loss, mass = run.losses(stored.at_own)
+    if update:
+        update.finish(loss, mass)
+    return loss[:, 0], *run.result()
 
 
 def dense_gradient(
@@ -77,10 +74,9 @@ def dense_gradient(
     run = Run(queries, keys, scale, True, matrix.dtype)
     stored = Stored(matrix, diagonal, rows, cols, own, start, run)
     for block in run.blocks():
-        p, mass, _ = stored.target(block)
-        block.logits(run.keys, run.scale)
+        target = stored.target(block)
         block.softmax()
-        block.add_gradient(run, p, mass, weights[block.rows])
+        block.add_gradient(target, weights[block.rows])
     return run.result()
 
 
@@ -109,17 +105,16 @@ def snapshot_pass(
     p⁰ is given by `prior_cols` or by the labels. A row whose weights are all 0 has loss 0.
     """
     run = Run(queries, keys, scale, gradient, weights.dtype)
-    loss = run.queries.new_empty(len(queries), dtype=sums(queries))
     past = Past(
         past_queries, past_keys, weights, scales, visits, prior, prior_cols, row_labels, col_labels
     )
     for block in run.blocks():
-        p, mass, excess = past.target(block)
-        block.logits(run.keys, run.scale)
-        loss[block.rows] = block.divergence(p, mass, excess)
+        target = past.target(block)
+        block.divergence(target)
         if gradient:
-            block.add_gradient(run, p, mass)
-    return loss, *run.result()
+            block.add_gradient(target)
+    loss, _ = run.losses()
+    return loss[:, 0], *run.result()
 
 
 def snapshot_gradient(
@@ -143,103 +138,13 @@ def snapshot_gradient(
         past_queries, past_keys, weights, scales, visits, prior, prior_cols, row_labels, col_labels
     )
     for block in run.blocks():
-        p, mass, _ = past.target(block)
-        block.logits(run.keys, run.scale)
+        target = past.target(block)
         block.softmax()
-        block.add_gradient(run, p, mass, loss_weights[block.rows])
+        block.add_gradient(target, loss_weights[block.rows])
     return run.result()
 
 
-# ---- blocks of rows ------------------------------------------------------------------------------
-
-
-class Run:
-    """A batch cut into blocks of rows, in memory that all blocks share."""
-
-    def __init__(
-        self, queries: Tensor, keys: Tensor, scale: Tensor, gradient: bool, field: torch.dtype
-    ) -> None:
-        if field == torch.float64:
-            queries, keys = queries.double(), keys.double()
-        self.gradients = Gradients(compute(queries), compute(keys)) if gradient else None
-        self.queries, self.keys = compute(queries), compute(keys)
-        self.scale = float(scale.to(self.queries.dtype))  # one too large is infinite
-        n, m = len(queries), len(keys)
-        size = self.queries.element_size()
-        self.rows = max(1, min(n, max(LEAST_ROWS, BLOCK_BYTES // (m * size))))
-        self.memory = self.queries.new_empty(3, self.rows * m)
-        entries = self.rows * m if field == torch.bfloat16 else 0
-        self.noise = self.queries.new_empty(entries, dtype=torch.int32)
-        self.flat = self.is_flat()
-
-    def is_flat(self) -> bool:
-        """Whether no logit can be large: where asking costs nothing."""
-        if self.queries.device.type != "cpu" or not len(self.queries):
-            return False
-        longest = self.queries.norm(dim=1).amax() * self.keys.norm(dim=1).amax()
-        return float(longest) * self.scale <= LARGEST_LOGIT[self.queries.dtype]
-
-    def blocks(self) -> Iterator[Block]:
-        for start in range(0, len(self.queries), self.rows):
-            yield Block(self, slice(start, min(start + self.rows, len(self.queries))))
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        if self.gradients is None:
-            return self.queries.new_empty(0), self.queries.new_empty(0)
-        return self.gradients.d_queries, self.gradients.d_keys
-
-
-class Block:
-    """Rows of the batch against all of its columns: buffers for q, for p, and to work in."""
-
-    def __init__(self, run: Run, rows: slice) -> None:
-        self.rows, self.queries, self.flat = rows, run.queries[rows], run.flat
-        n, m = len(self.queries), len(run.keys)
-        self.q, self.p, self.work = run.memory[:, : n * m].view(3, n, m).unbind()
-        self.noise = run.noise[: n * m].view(-1, m)
-
-    def logits(self, keys: Tensor, scale: float) -> None:
-        x = self.q
-        torch.addmm(x[:1], self.queries, keys.T, beta=0, alpha=scale, out=x)
-
-    def softmax(self) -> None:
-        """Turns logits into q."""
-        x = self.q
-        if not self.flat:
-            x.sub_(x.amax(1, keepdim=True))
-        x.exp_()
-        x.div_(x.sum(1, keepdim=True))
-
-    def divergence(self, p: Tensor, mass: Tensor, excess: Tensor) -> Tensor:  # [rows] float64
-        """KL(p ‖ q) by row, with q in the logits' place; p adds up to `excess`, about 1.
-
-        Σ p log(p/q) with one logarithm of a ratio keeps the digits of p close to q; it wants a q
-        that is a normal number, else the logarithms are subtracted.
-        """
-        w, tiny = self.work, torch.finfo(p.dtype).tiny
-        if self.flat:
-            self.softmax()
-            torch.div(p, self.q, out=w).clamp_min_(tiny).log_()
-        else:
-            log_q = self.q
-            log_q.sub_(log_q.amax(1, keepdim=True))
-            log_q.sub_(torch.exp(log_q, out=w).sum(1, keepdim=True).log_())
-            torch.clamp(p, min=tiny, out=w).log_().sub_(log_q)
-            log_q.exp_()
-        kl = w.mul_(p).sum(1, keepdim=True).to(excess.dtype)
-        return torch.where(mass > 0, kl / excess - torch.log(excess), 0 * kl)[:, 0]
-
-    def add_gradient(
-        self, run: Run, p: Tensor, mass: Tensor, weights: Tensor | None = None
-    ) -> None:
-        """Adds up the products with G = weights (q − p), in q's place."""
-        assert run.gradients is not None
-        g = self.q.sub_(p)
-        factor = mass > 0 if weights is None else weights[:, None] * (mass > 0)
-        if weights is not None or not bool(factor.all()):
-            g.mul_(factor.to(g.dtype))
-        torch.mm(g, run.keys, out=run.gradients.d_queries[self.rows]).mul_(run.scale)
-        run.gradients.d_keys.addmm_(g.T, self.queries, alpha=run.scale)
+# ---- what a block is held to ---------------------------------------------------------------------
 
 
 class Stored:
@@ -263,103 +168,79 @@ class Stored:
         self.rows = torch.arange(start, start + n, device=device) if rows is None else rows
         self.cols = torch.arange(start, start + width, device=device) if cols is None else cols
         self.own = (torch.arange(n, device=device) if own is None else own)[:, None]
+        self.at_own = diagonal[self.rows, None].to(run.p_sum.dtype)  # [R, 1]
 
-    def read(self, rows: slice) -> Tensor:
-        if self.whole is not None:
-            return self.whole[rows]
-        return self.matrix[self.rows[rows, None], self.cols]
+    def target(self, block: Block) -> Target:
+        """Of float32 where it lies, in blocks that follow one another; else in p's buffer."""
+        rows, at_own = block.rows, self.at_own[block.rows]
+        p = (
+            self.matrix[self.rows[rows, None], self.cols]
+            if self.whole is None
+            else self.whole[rows]
+        )
+        if p.dtype != block.p.dtype:
+            p = block.p.copy_(p)
+        mass = torch.sum(p, 1, keepdim=True, out=block.run.p_sum[rows]) + at_own
+        return Target(p, mass, self.own[rows], at_own)
 
-    def write(self, rows: slice, entries: Tensor) -> None:
-        if self.whole is not None:
-            self.whole[rows] = entries
-        else:
-            self.matrix[self.rows[rows, None], self.cols] = entries.to(self.matrix.dtype)
 
-    def target(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-        """p̂ in the block's buffer; m, [rows, 1]; and what p̂ adds up to but for rounding."""
-        p, raw = block.p, self.read(block.rows)
-        if raw.dtype != p.dtype:
-            raw = p.copy_(raw)
-        at_own = self.diagonal[self.rows[block.rows], None].to(sums(p))
-        mass = raw.sum(1, keepdim=True).to(at_own.dtype) + at_own
-        mass = torch.where(mass >= torch.finfo(p.dtype).tiny, mass, 0)
-        divisor = torch.where(mass > 0, mass, torch.inf).to(p.dtype)
-        torch.div(raw, divisor, out=p)
-        p.scatter_(1, self.own[block.rows], at_own.to(p.dtype) / divisor)
-        return p, mass, torch.where(mass > 0, mass / divisor, 1)
+class Update:
+    """The field's next block: entries as blocks go by, the diagonal and the sums at the end."""
 
-    def update(
-        self,
-        block: Block,
-        mass: Tensor,  # [rows, 1]
-        loss: Tensor,  # [rows]
-        alpha: Tensor,
-        row_sum: Tensor,
-        clock: Tensor,
+    def __init__(
+        self, stored: Stored, run: Run, alpha: Tensor, row_sum: Tensor, clock: Tensor
     ) -> None:
-        kept = ~(torch.isfinite(loss[:, None]) & (mass > 0))
-        rows, own = self.rows[block.rows], self.own[block.rows]
-        before = row_sum[rows, None]
-        target = torch.maximum(mass + (1 - before), mass / 2)
-        new = torch.lerp(block.p, block.q, alpha.to(block.p.dtype), out=block.work)
-        new.mul_(target.to(new.dtype)).scatter_(1, own, 0)
-        round_to(new, self.matrix.dtype, rows, self.cols, clock, block.noise)
-        others = new.sum(1, keepdim=True).to(target.dtype)
-        at_own = (target - others).clamp_min_(0).to(self.diagonal.dtype)
+        self.stored, self.row_sum, self.alpha = stored, row_sum, float(alpha)
+        self.before = row_sum[stored.rows, None]  # [R, 1]
+        self.slack = (1 - self.before).to(run.kl.dtype)
+        self.others = torch.zeros_like(run.kl)  # [R, 1], Σ_j of what is written
+        self.noise = None
+        if stored.matrix.dtype == torch.bfloat16:
+            self.noise = Noise(stored.rows, stored.cols, clock)
+
+    def write(self, block: Block, target: Target) -> None:
+        p, q, rows, stored = target.p, block.q, block.rows, self.stored
+        assert target.own is not None
+        next_mass = torch.maximum(target.mass + self.slack[rows], target.mass / 2)
+        keep, gain = next_mass / target.mass * (1 - self.alpha), next_mass * self.alpha
+        loss = block.run.kl[rows] - target.at_own * block.run.log_own[rows]
+        if not (has_mass(target.mass) and math.isfinite(float(loss.sum()))):
+            moves = torch.isfinite(loss) & (target.mass >= least(loss))
+            q.masked_fill_(~moves, 0)
+            keep, gain = torch.where(moves, keep, 1), torch.where(moves, gain, 0)
+        p.mul_(keep).addcmul_(q, gain).scatter_(1, target.own, 0)
+        if self.noise:
+            self.noise.round(p, rows, block.noise)
+        elif p.dtype != stored.matrix.dtype:
+            p.copy_(p.to(stored.matrix.dtype))
+        torch.sum(p, 1, keepdim=True, out=self.others[rows])
+        if stored.whole is None:
+            stored.matrix[stored.rows[rows, None], stored.cols] = p.to(stored.matrix.dtype)
+        elif p.dtype != stored.matrix.dtype:
+            stored.whole[rows] = p
+
+    def finish(self, loss: Tensor, mass: Tensor) -> None:  # [R, 1]
+        rows, diagonal, before = self.stored.rows, self.stored.diagonal, self.before
+        moves = torch.isfinite(loss) & (mass > 0)
+        others = self.others.to(mass.dtype)
+        next_mass = torch.maximum(mass + (1 - before), mass / 2)
+        at_own = (next_mass - others).clamp_min_(0).to(diagonal.dtype)
+        diagonal[rows] = torch.where(moves, at_own, diagonal[rows, None])[:, 0]
         after = before + (others + at_own - mass)
-        if bool(kept.any()):
-            new = torch.where(kept, self.read(block.rows), new)
-            at_own = torch.where(kept, self.diagonal[rows, None], at_own)
-            after = torch.where(kept, before, after)
-        self.write(block.rows, new)
-        self.diagonal[rows] = at_own[:, 0]
-        row_sum[rows] = after[:, 0]
-
-
-def round_to(
-    x: Tensor,  # [R, B], changed in place
-    dtype: torch.dtype,
-    rows: Tensor,  # [R] int64
-    cols: Tensor,  # [B] int64
-    clock: Tensor,  # [2]
-    noise: Tensor,  # [R, B] int32, to work in
-) -> None:
-    """To numbers that `dtype` has; to bfloat16 upwards as often as x is above the lower one."""
-    if dtype == torch.bfloat16:
-        single = x.float()  # x itself, unless it is float64
-        r, s = noise_keys(rows, clock, 0), noise_keys(cols, clock, 1)
-        torch.mul(r[:, None] | 1, s, out=noise)
-        noise.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
-        single.view(torch.int32).add_(noise).bitwise_and_(-0x10000)
-        x.copy_(single)
-    elif x.dtype != dtype:
-        x.copy_(x.to(dtype))
+        self.row_sum[rows] = torch.where(moves, after, before)[:, 0]
 
 
 def store(matrix: Tensor, p: Tensor, start: int, clock: Tensor) -> Tensor:  # [r, n] -> [r, 1]
     """Rounds rows into the matrix, and returns what they add up to there."""
-    rows = torch.arange(start, start + len(p), device=p.device)
-    cols = torch.arange(p.shape[1], device=p.device)
-    round_to(p, matrix.dtype, rows, cols, clock, torch.empty_like(p, dtype=torch.int32))
+    if matrix.dtype == torch.bfloat16:
+        rows = torch.arange(start, start + len(p), device=p.device)
+        cols = torch.arange(p.shape[1], device=p.device)
+        every = slice(0, len(p))
+        Noise(rows, cols, clock).round(p, every, torch.empty_like(p, dtype=torch.int32))
+    elif p.dtype != matrix.dtype:
+        p.copy_(p.to(matrix.dtype))
     matrix[start : start + len(p)] = p
     return p.sum(1, keepdim=True)
-
-
-def noise_keys(ids: Tensor, clock: Tensor, side: int) -> Tensor:  # [N] int64 -> [N] int32
-    """Hashes of sample, seed and update: the upper 16 bits of (row key | 1) · column key, modulo
-    2^32, are what is added to an entry's lower bits before they are cut off."""
-    seed, updates = clock.unbind()
-    x = mix(seed + side) ^ mix(updates)
-    x = mix(ids ^ mix(x))
-    return ((x ^ 0x80000000) - 0x80000000).to(torch.int32)
-
-
-def mix(x: Tensor) -> Tensor:
-    """A permutation of 32-bit numbers, held in int64."""
-    x = x & MASK
-    for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & MASK
-    return x ^ (x >> 16)
 
 
 class Past:
@@ -377,24 +258,31 @@ class Past:
         row_labels: Tensor | None,
         col_labels: Tensor | None,
     ) -> None:
-        self.queries, self.keys = queries, keys
-        self.weights, self.scales = weights, scales
+        wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
+        self.queries = [x.to(wide) * scales[:, s, None] for s, x in enumerate(queries)]
+        self.keys = [x.to(wide) for x in keys]
         steps = torch.arange(len(keys), device=keys.device)
-        self.absent = visits <= steps[:, None]
-        self.prior, self.prior_cols = prior, prior_cols
+        self.present = (visits > steps[:, None]).to(wide)
+        self.weights, self.prior, self.prior_cols = weights, prior, prior_cols
         self.row_labels, self.col_labels = row_labels, col_labels
+        pairs = zip(self.queries, self.keys, strict=True)
+        self.flat = [is_flat(x, y, 1.0) for x, y in pairs]
+        self.everywhere = [bool(x.all()) for x in self.present]
 
-    def target(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-        """p in the block's buffer; its mass, 1 or 0; and what p adds up to."""
+    def target(self, block: Block) -> Target:
+        """p in the block's buffer."""
         x, p, w, rows = block.q, block.p.zero_(), block.work, block.rows
-        lowest = torch.finfo(p.dtype).min
         for s, keys in enumerate(self.keys):
             weight = self.weights[rows, s : s + 1]
             if not bool(weight.any()):
                 continue
-            torch.mm(self.queries[s, rows].to(p.dtype), keys.to(p.dtype).T, out=x)
-            x.mul_(self.scales[rows, s : s + 1]).masked_fill_(self.absent[s], -torch.inf)
-            x.sub_(x.amax(1, keepdim=True).clamp_min_(lowest)).exp_()
+            torch.mm(self.queries[s][rows], keys.T, out=x)
+            if not self.flat[s]:
+                x.masked_fill_(self.present[s] == 0, -torch.inf)
+                x.sub_(x.amax(1, keepdim=True).clamp_min_(-torch.finfo(p.dtype).max))
+            x.exp_()
+            if self.flat[s] and not self.everywhere[s]:
+                x.mul_(self.present[s])
             share = torch.where(weight > 0, weight / x.sum(1, keepdim=True), 0)
             p.addcmul_(x, share.to(p.dtype))
         prior = self.prior[rows].to(p.dtype)
@@ -404,6 +292,7 @@ class Past:
             p.add_(w)
         else:
             p.scatter_add_(1, self.prior_cols[rows], prior)
-        mass = (self.weights[rows].sum(1, keepdim=True) + prior.sum(1, keepdim=True)) > 0
-        excess = p.sum(1, keepdim=True, dtype=sums(p))
-        return p, mass.to(excess.dtype), torch.where(mass, excess, 1)
+        known = (self.weights[rows].sum(1, keepdim=True) + prior.sum(1, keepdim=True)) > 0
+        mass = torch.where(known, p.sum(1, keepdim=True), 0)
+        block.run.p_sum[rows] = mass
+        return Target(p, mass)

@@ -48,6 +48,8 @@ FILES = {  # the tests that a file's mutants have to pass, quickest first
     "single_launch": ["tests/test_single_launch.py", "tests/test_bounds.py"],
     "gradient_stripes": ["tests/test_gradient_stripes.py", "tests/test_bounds.py"],
     "field_tiles": ["tests/test_field_ops.py", "tests/test_response.py"],
+    "field_blocks": ["tests/test_field_ops.py", "tests/test_response.py"],
+    "rounding": ["tests/test_field_kernels.py", "tests/test_response.py"],
     "symmetric": ["tests/test_symmetric.py", "tests/test_bounds.py"],
     "softmax_sums": [*KERNELS[1:2], *KERNELS[4:]],
     "recursion": [*KERNELS[3:4], *KERNELS[5:]],

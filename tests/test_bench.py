@@ -12,7 +12,7 @@ import pytest
 import torch
 from bench_results import complaint, result, write
 
-from bench import accuracy, cases, contenders, measure, memory, record, report, session
+from bench import accuracy, cases, contenders, fields, measure, memory, record, report, session
 from bench.contenders import Contender
 from rkdo_kernels import reference, rkdo_loss
 
@@ -170,6 +170,21 @@ def test_pytorchs_own_operators_do_the_same_job(make, symmetric):
     truth = accuracy.truth(entrant, inputs, torch.float64)
     for name, true in truth.items():
         torch.testing.assert_close(found[name].double(), true, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["field_dense", "field_dense_bf16", "field_snapshot"])
+def test_a_fields_contenders_do_the_same_job(name, monkeypatch):
+    monkeypatch.setattr(fields, "SAMPLES", 500)
+    found = next(x for x in cases.CASES if x.name == name)
+    results = measure.measure(found, 64, fields.DIM, "fp32", "cpu", EFFORT, {}, skip={"compiled"})
+    assert {x.contender: x.status for x in results} == {"eager": "ok", "ours": "ok", "floor": "ok"}
+    steps = [
+        x.make(64, torch.device("cpu")) for x in found.contenders if x.name in ("eager", "ours")
+    ]
+    for seed in range(6):  # and take the same steps
+        views = [x.detach() for x in cases.two_views(64, 64, torch.float32, "cpu", seed).values()]
+        a, b = (step(*views) for step in steps)
+        torch.testing.assert_close(a, b, rtol=2e-3 if name.endswith("bf16") else 1e-5, atol=1e-6)
 
 
 def test_blocks_of_rows_are_the_whole_loss():
@@ -358,4 +373,5 @@ def test_quick_is_quick():
     problems = session.pick_problems(chosen, "cpu")
     assert [(x.case.name, x.n) for x in problems] == [
         ("rkdo_loss", 64), ("rkdo_loss", 1024), ("rkdo_loss", 4096), ("depth", 2048),
+        ("field_dense", 4096), ("field_snapshot", 1024),
     ]  # fmt: skip

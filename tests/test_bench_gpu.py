@@ -12,7 +12,7 @@ from bench_results import complaint
 
 from bench import cases, gpu, gpu_checks, gpu_timing, measure, memory, record, session
 from bench.__main__ import main
-from rkdo_kernels import launch
+from rkdo_kernels import ResponseField, launch
 
 EFFORT = measure.Effort(seconds=0.02, rounds=2, least=2)
 
@@ -249,6 +249,22 @@ def test_a_wrong_graph_and_a_wrong_rerun_are_noticed(machine, monkeypatch):
     monkeypatch.setattr(gpu_checks, "RERUNS", 3)
     other = gpu_checks.Contender("unsteady", lambda n, device: unsteady, contender.rows)
     assert not gpu_checks.bitwise("bitwise", other).passed
+
+
+@pytest.mark.parametrize("wrong", ["step", "stored"])
+def test_a_wrong_update_of_the_field_is_noticed(machine, monkeypatch, wrong):
+    assert gpu_checks.updated("field", torch.bfloat16, 40).passed
+    if wrong == "step":  # a step that forgets a part of alpha
+        inner = ResponseField.step
+
+        def step(self, *views, alpha, **others):
+            return inner(self, *views, alpha=0.9 * alpha, **others)
+
+        monkeypatch.setattr(ResponseField, "step", step)
+    else:  # rounded to the nearest, always down where alpha is small
+        rows = ResponseField.rows
+        monkeypatch.setattr(ResponseField, "rows", lambda self, index: 0.99 * rows(self, index))
+    assert not gpu_checks.updated("field", torch.bfloat16, 40).passed
 
 
 def crash():

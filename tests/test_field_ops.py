@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import DEVICE, DTYPES, assert_as_accurate, compare, sample_views
 
-from rkdo_kernels import ResponseField, field_tiles, reference
+from rkdo_kernels import ResponseField, field_blocks, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 BACKENDS = ("tiled", "triton")
@@ -21,8 +21,8 @@ STORED_BY = [  # the kernels have no float64
 @pytest.fixture(params=["one block", "many blocks"])
 def blocks(request, monkeypatch):
     if request.param == "many blocks":
-        monkeypatch.setattr(field_tiles, "BLOCK_BYTES", 1)
-        monkeypatch.setattr(field_tiles, "LEAST_ROWS", 3)
+        monkeypatch.setattr(field_blocks, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(field_blocks, "LEAST_ROWS", 3)
 
 
 def samples(n, count, *, contiguous, seed=0):

@@ -26,7 +26,9 @@ ARROWS = {
     "one_pass": {"quadrature", "tiles"},
     "tiled": {"one_pass", "tiles"},
     "small": {"constants", "once"},
-    "field_tiles": {"tiles"},
+    "rounding": set(),
+    "field_blocks": {"tiles"},
+    "field_tiles": {"field_blocks", "rounding"},
     # Triton: kernels know their pieces and their launch tables
     "launch": {"chebyshev", "constants"},
     "recursion_rows": {"primitives"},
@@ -59,7 +61,7 @@ ARROWS = {
     "kernels": {"moments", "moments_gradient", "symmetric", "softmax_sums", "recursion"},
     # operators choose between kernels and tiles
     "ops": {"chebyshev", "kernels", "once", "tiled", "ratios"},
-    "field_ops": {"field_tiles", "ops"},
+    "field_ops": {"field", "field_tiles", "ops"},
     # the response field: p⁰, its two kinds of state, a batch of it, the class
     "initial": {"checks"},
     "batch": {"checks", "distributed", "launch", "once", "ops", "problem"},

@@ -14,7 +14,7 @@ from test_field_ops import BACKENDS, initials, neighbours, same_bytes, samples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from rkdo_kernels import ResponseField, field_tiles, launch
+from rkdo_kernels import ResponseField, field_blocks, field_tiles, launch
 
 N, D, B = 30, 8, 20
 KINDS = {
@@ -548,7 +548,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "snapshot"])
 def test_nothing_is_larger_than_the_blocks_buffers(kind, contiguous, monkeypatch):
     n, count = 700, 640
-    monkeypatch.setattr(field_tiles, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(field_blocks, "BLOCK_BYTES", 1 << 14)
     if kind == "snapshot":
         field = ResponseField.snapshot(n, D, history=3)
     else:
@@ -565,7 +565,7 @@ def test_nothing_is_larger_than_the_blocks_buffers(kind, contiguous, monkeypatch
     monkeypatch.setattr(field_tiles, inner.__name__, watched)
     with watch:
         field.step(**views, index=index).backward()
-    assert 0 < watch.largest <= 3 * field_tiles.LEAST_ROWS * count * 4
+    assert 0 < watch.largest <= 3 * field_blocks.LEAST_ROWS * count * 4
 
 
 # ---- several ranks -------------------------------------------------------------------------------
