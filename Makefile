@@ -9,13 +9,13 @@ demo: $(READY)          ## train on handwritten digits, evaluate before and afte
 	$(BIN)/rkdo train --out runs/demo --overwrite
 
 test: $(READY)          ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: $(READY)         ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 format: $(READY)
 	$(BIN)/ruff format .
