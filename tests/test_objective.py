@@ -97,7 +97,7 @@ def test_each_setting_reaches_its_loss(settings):
         assert same(given, value_and_gradient(loss)) == (other == settings), other
 
 
-@pytest.mark.parametrize(("settings", "loss"), FIELDS, ids=str)
+@pytest.mark.parametrize(("settings", "loss"), FIELDS, ids=[str(case[0]) for case in FIELDS])
 def test_each_setting_reaches_the_field(settings, loss):
     config = TrainConfig(
         **{"recursion": "dense", "dtype": "float64", "projection": DIM, **settings}
