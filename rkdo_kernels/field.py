@@ -357,6 +357,7 @@ class Dense:
             *self.indices(alpha, clock), self.table, self.mass, self.keys_of_noise, n, m,
             self.start, WHOLE=whole, WEIGHTED=weights is not None, UPDATE=alpha is not None,
             NOISE=alpha is not None and self.noise, **self.index, COUNT=128, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
     def walk(

@@ -264,8 +264,8 @@ def mixture(
     p = tl.zeros([ROWS, COLS], tl.float32) + TINY
     for s in tl.static_range(HISTORY):
         x = product(
-            past_queries_ptr + tl.cast(n, tl.int64) * dim * s, dim, first_i, n,
-            past_keys_ptr + tl.cast(m, tl.int64) * dim * s, dim, first_j, m, dim, ROWS, COLS,
+            past_queries_ptr + tl.full([], s, tl.int64) * n * dim, dim, first_i, n,
+            past_keys_ptr + tl.full([], s, tl.int64) * m * dim, dim, first_j, m, dim, ROWS, COLS,
             WIDTH, CHUNKS, FULL, PRECISION, PAST_UPCAST,
         )  # fmt: skip
         at = table_ptr + (PASTS + 3 * s) * n
@@ -283,9 +283,9 @@ def mixture(
     else:
         j = (first_j + tl.arange(0, COLS))[None, :]
         for entry in range(entries):
-            at = block_values(prior_cols_ptr + entry, entries, first_i, n, ROWS, 1, True)
-            weight = block_values(prior_ptr + entry, entries, first_i, n, ROWS, 1, True)
-            p += tl.where(j == at, weight * inverse, 0.0)
+            col = block_values(prior_cols_ptr + entry, entries, first_i, n, ROWS, 1, True)
+            share = block_values(prior_ptr + entry, entries, first_i, n, ROWS, 1, True) * inverse
+            p += tl.where(j == col, share, 0.0)
     s = product(
         queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim, ROWS, COLS,
         WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
@@ -417,6 +417,7 @@ class Snapshots:
             peak, total, past_peak, past_sum, weights, scales, prior,
             *self.given(loss_weights), scale, self.table, self.known, n, prior.shape[1],
             HISTORY=self.history, WEIGHTED=loss_weights is not None, COUNT=128, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
         self.tensors = (
             self.queries, self.keys, past_queries, past_keys, self.table, self.known, visits, prior,

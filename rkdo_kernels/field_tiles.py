@@ -106,7 +106,16 @@ def snapshot_pass(
     """
     run = Run(queries, keys, scale, gradient, weights.dtype)
     past = Past(
-        past_queries, past_keys, weights, scales, visits, prior, prior_cols, row_labels, col_labels
+        run,
+        past_queries,
+        past_keys,
+        weights,
+        scales,
+        visits,
+        prior,
+        prior_cols,
+        row_labels,
+        col_labels,
     )
     for block in run.blocks():
         target = past.target(block)
@@ -135,7 +144,16 @@ def snapshot_gradient(
     """Through  ∂L/∂S_ij = loss_weights_i c (q_ij − p_ij);  arguments as in `snapshot_pass`."""
     run = Run(queries, keys, scale, True, weights.dtype)
     past = Past(
-        past_queries, past_keys, weights, scales, visits, prior, prior_cols, row_labels, col_labels
+        run,
+        past_queries,
+        past_keys,
+        weights,
+        scales,
+        visits,
+        prior,
+        prior_cols,
+        row_labels,
+        col_labels,
     )
     for block in run.blocks():
         target = past.target(block)
@@ -248,6 +266,7 @@ class Past:
 
     def __init__(
         self,
+        run: Run,
         queries: Tensor,
         keys: Tensor,
         weights: Tensor,
@@ -258,7 +277,7 @@ class Past:
         row_labels: Tensor | None,
         col_labels: Tensor | None,
     ) -> None:
-        wide = torch.float64 if weights.dtype == torch.float64 else torch.float32
+        wide = run.queries.dtype
         self.queries = [x.to(wide) * scales[:, s, None] for s, x in enumerate(queries)]
         self.keys = [x.to(wide) for x in keys]
         steps = torch.arange(len(keys), device=keys.device)
