@@ -112,10 +112,15 @@ SPLIT = "tf32x3 splits operands in registers: with the 64 keys that wgmma wants,
 NARROW = (
     "the compiler stores from the matrix product's layout, without a way round by shared memory"
 )
+SCATTERED = "every entry of the field's block has an address of its own"
 WAIVERS = (
     Waiver("sm_90", "moments* dk", "fp32", "512", "matrix kind", SPLIT),
     Waiver("sm_90", "field_dk *", "fp32", "512", "matrix kind", SPLIT),
     Waiver("gfx942", "field_*", "*", "*", "16-byte stores", NARROW),
+    *(
+        Waiver("*", "field_* gathered *", "*", "*", f"16-byte {what}", SCATTERED)
+        for what in ("loads", "stores")
+    ),
 )
 
 

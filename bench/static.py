@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -125,10 +126,11 @@ def cases() -> list[Case]:
 def field_cases() -> list[Case]:
     """`step` is loss, gradient to the queries and update; `dq` and `dk` are one gradient alone."""
     walk, keys = field._dense_walk, field_gradient._dense_keys
-    index = {"BY_ROW": False, "BY_COL": False, "BY_OWN": False}
     doubles = ("row_sum", "mass", "loss")
     result = []
-    for stored in ("bf16", "fp32"):
+    for stored, gathered in product(("bf16", "fp32"), (False, True)):
+        index = dict.fromkeys(("BY_ROW", "BY_COL", "BY_OWN"), gathered)
+        kind, table = (f"gathered {stored}", "_gathered") if gathered else (stored, "")
         for name, dtypes, dims, does in (
             ("step", tuple(DTYPES), (64,), {"LOSS", "UPDATE", "GRADIENT"}),
             ("update", ("bf16", "fp32"), (64, 512), {"LOSS", "UPDATE"}),
@@ -138,9 +140,9 @@ def field_cases() -> list[Case]:
             constants |= {"NOISE": stored == "bf16" and "UPDATE" in does, **index}
             result.append(
                 Case(
-                    f"field_{name} {stored}",
+                    f"field_{name} {kind}",
                     walk,
-                    "field_walk",
+                    f"field_walk{table}",
                     constants,
                     doubles,
                     field=stored,
@@ -150,9 +152,9 @@ def field_cases() -> list[Case]:
             )
         result.append(
             Case(
-                f"field_dk {stored}",
+                f"field_dk {kind}",
                 keys,
-                "field_keys",
+                f"field_keys{table}",
                 {"QUERIES": False, **index},
                 field=stored,
                 dtypes=("bf16", "fp32"),

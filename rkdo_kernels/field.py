@@ -314,6 +314,7 @@ class Dense:
         self.n, self.dim = queries.shape
         self.m = len(keys)
         self.noise = matrix.dtype == torch.bfloat16
+        self.gathered = "" if rows is None else "_gathered"
         self.index = {"BY_ROW": rows is not None, "BY_COL": cols is not None}
         self.dims = launch.dims(queries)
         dense = self.queries.stride(0) == self.keys.stride(0) == self.dims["WIDTH"]
@@ -363,7 +364,7 @@ class Dense:
     def walk(
         self, *, loss: Tensor | None = None, update: bool = False, gradient: Tensor | None = None
     ) -> None:
-        config = launch.config("field_walk", self.queries)
+        config = launch.config(f"field_walk{self.gathered}", self.queries)
         stripes = 1 if gradient is None else self.dims["CHUNKS"]
         _dense_walk[(triton.cdiv(self.n, config.rows), stripes)](
             self.queries, self.keys, self.matrix, self.diagonal, self.row_sum,
@@ -376,7 +377,7 @@ class Dense:
         )  # fmt: skip
 
     def keys_gradient(self) -> Tensor:
-        config = launch.config("field_keys", self.queries)
+        config = launch.config(f"field_keys{self.gathered}", self.queries)
         gradient = self.queries.new_empty(self.keys.shape, dtype=torch.float32)
         _dense_keys[(triton.cdiv(self.m, config.cols), self.dims["CHUNKS"])](
             self.queries, self.keys, self.matrix, self.diagonal,

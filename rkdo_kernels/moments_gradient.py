@@ -379,6 +379,6 @@ def moments_backward(
         )  # fmt: skip
         if splits > 1:
             _add_parts[(triton.cdiv(gradient.numel(), 1024),)](
-                out, gradient, gradient.numel(), splits, BLOCK=1024
+                out, gradient, gradient.numel(), splits, BLOCK=1024, enable_fp_fusion=True
             )
     return results

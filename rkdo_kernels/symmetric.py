@@ -364,6 +364,6 @@ def gradient(
     )  # fmt: skip
     if splits > 1:
         _add_parts[(triton.cdiv(result.numel(), 1024),)](
-            out, result, result.numel(), splits, BLOCK=1024
+            out, result, result.numel(), splits, BLOCK=1024, enable_fp_fusion=True
         )
     return result

@@ -321,7 +321,9 @@ def wanted():
     for stored in ("bf16", "fp32"):
         for dtype, dim in (("bf16", 64), ("bf16", 128), ("fp32", 64)):
             yield static.Entry(f"field_step {stored}", dtype, dim, "sm_90")
-        yield static.Entry(f"field_dk {stored}", "bf16", 64, "sm_90")
+        yield static.Entry(f"field_step gathered {stored}", "bf16", 64, "sm_90")
+        for kind in (stored, f"gathered {stored}"):
+            yield static.Entry(f"field_dk {kind}", "bf16", 64, "sm_90")
     for target in ("sm_80", "sm_100", "gfx942"):
         yield static.Entry("field_step bf16", "bf16", 64, target)
         yield static.Entry("field_dk bf16", "bf16", 64, target)
@@ -351,7 +353,7 @@ def test_machine_code(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 14
+    assert len(results) == 18
     assert {name: found for name, (found, _) in results.items() if found} == {}
     seconds = results["field_step bf16 bf16 64 sm_90 aligned"][1]
     copy = seconds.pop("memory")
