@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, launch, ops, small
+from .constants import host_constant
 
 
 class Problem:
@@ -55,7 +56,7 @@ class Problem:
     def materialised(self) -> AbstractContextManager:
         """For reference.py: its matrix products too stay in the inputs' dtype under autocast."""
         device = self.queries.device.type
-        if torch.amp.is_autocast_available(device):
+        if has_autocast(device):
             return torch.autocast(device, enabled=False)
         return nullcontext()
 
@@ -118,12 +119,18 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:  # [N, D], [N or 1, D] -> [N]
     return (a.to(ops.product_dtype(a)) * b).sum(1, dtype=ops.row_dtype(a))
 
 
+@host_constant
+def has_autocast(device: str) -> bool:
+    """As a constant: torch.compile does not trace the question in every version."""
+    return torch.amp.is_autocast_available(device)
+
+
 def out_of_autocast(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast the losses run in float32, as PyTorch's own do."""
     if not isinstance(queries, Tensor) or not isinstance(keys, Tensor):
         return queries, keys
     device = queries.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if has_autocast(device) and torch.is_autocast_enabled(device):
         half = (torch.bfloat16, torch.float16)
         queries, keys = (x.float() if x.dtype in half else x for x in (queries, keys))
     return queries, keys

@@ -78,7 +78,7 @@ ARROWS = {
         "snapshot_field",
     },
     # losses: arguments, rows, public functions, modules
-    "problem": {"checks", "launch", "ops", "small"},
+    "problem": {"checks", "constants", "launch", "ops", "small"},
     "rows": {"problem", "launch", "once", "one_pass", "ops", "small"},
     "losses": {"checks", "constants", "launch", "ops", "reference", "rows", "problem"},
     "modules": {"checks", "constants", "losses"},
