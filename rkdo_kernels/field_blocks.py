@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from .tiles import Gradients, compute, sums
 
 BLOCK_BYTES = 3 << 19  # of one of a block's three or four buffers
 LEAST_ROWS = 16
-LARGEST_LOGIT = {torch.float32: 40.0, torch.float64: 300.0}  # whose exponentials are safe unshifted
+# Logits whose exponentials are safe unshifted: q stays a normal number over 10⁷ columns.
+LARGEST_LOGIT = {torch.float32: 35.0, torch.float64: 300.0}
+NEAR_ONE = (0.9, 1.1)  # masses whose logarithm takes no digits from a row's sum of logarithms
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,25 @@ class Target:
     mass: Tensor  # [rows, 1]; below the smallest normal number: the row has no target
     own: Tensor | None = None  # [rows, 1] columns
     at_own: Tensor | None = None  # [rows, 1]
+
+    @cached_property
+    def extent(self) -> tuple[float, float]:
+        """The least and the largest mass; NaN if one is."""
+        low, high = torch.aminmax(self.mass)
+        return float(low), float(high)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has mass."""
+        return self.extent[0] >= least(self.mass)
+
+    @property
+    def alive(self) -> Tensor:  # [rows, 1]
+        return self.mass >= least(self.mass)
+
+    @property
+    def divisor(self) -> Tensor:  # [rows, 1], the mass where there is one
+        return self.mass if self.complete else torch.where(self.alive, self.mass, 1)
 
 
 class Run:
@@ -47,8 +69,10 @@ class Run:
         entries = self.rows * m if field == torch.bfloat16 else 0
         self.noise = self.queries.new_empty(entries, dtype=torch.int32)
         self.flat = is_flat(self.queries, self.keys, self.scale)
-        # Of every row: Σ_j p_j, Σ_j p_j log(p_j / q_j) without its own column, and log q there.
-        self.p_sum, self.kl, self.log_own = self.queries.new_zeros(3, n, 1)
+        # Of every row, without its own column: Σ_j p_j and Σ_j p_j log(factor p_j / q_j); log q in
+        # that column; the factor.
+        self.p_sum, self.kl, self.log_own, self.factor = self.queries.new_zeros(4, n, 1)
+        self.factor.fill_(1)
 
     def blocks(self) -> Iterator[Block]:
         for start in range(0, len(self.queries), self.rows):
@@ -57,14 +81,14 @@ class Run:
     def losses(self, at_own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """KL(p̂ ‖ q) and mass by row, [R, 1], in what rows are added up in; both 0 without mass."""
         wide = sums(self.kl)
-        mass, kl, alive = self.p_sum.to(wide), self.kl.to(wide), self.p_sum
+        mass, kl, factor = self.p_sum.to(wide), self.kl.to(wide), self.factor.to(wide)
+        known = self.p_sum
         if at_own is not None:
-            alive = alive + at_own.to(alive.dtype)
-            own = at_own.to(wide)
-            mass, kl = mass + own, kl + torch.xlogy(own, own) - own * self.log_own
-        has_mass = alive >= least(alive)
-        mass = torch.where(has_mass, mass, 0)
-        return torch.where(has_mass, kl / mass - torch.log(mass), 0 * kl), mass
+            known, own = known + at_own, at_own.to(wide)
+            mass, kl = mass + own, kl + torch.xlogy(own, own * factor) - own * self.log_own
+        alive = known >= least(known)
+        mass = torch.where(alive, mass, 0)
+        return torch.where(alive, kl / mass - torch.log(mass * factor), 0 * kl), mass
 
     def result(self) -> tuple[Tensor, Tensor]:
         if self.gradients is None:
@@ -87,7 +111,7 @@ class Block:
         if not self.run.flat:
             x.sub_(x.amax(1, keepdim=True))
         x.exp_()
-        x.mul_(x.sum(1, keepdim=True).reciprocal_())
+        x.div_(x.sum(1, keepdim=True))
 
     def logits(self) -> Tensor:
         run, x = self.run, self.q
@@ -96,38 +120,48 @@ class Block:
     def divergence(self, target: Target) -> None:
         """Forms q, and notes the rows' sums.
 
-        Σ p log(p/q) with one logarithm of a ratio keeps the digits of p close to q; it wants a q
-        that is a normal number, else the logarithms are subtracted.
+        Σ p log(p̂/q) with one logarithm of a ratio keeps the digits of p̂ close to q; it wants a q
+        that is a normal number, else the logarithms are subtracted. A mass near 1 may come later.
         """
         w, p, run, own = self.work, target.p, self.run, target.own
+        low, high = target.extent
+        scaled = not (NEAR_ONE[0] <= low and high <= NEAR_ONE[1])
+        factor = run.factor[self.rows]
+        if scaled:
+            factor.copy_(1 / target.divisor).clamp_(max=1 / least(p))
         if run.flat:
             self.softmax()
-            torch.div(p, self.q, out=w).clamp_min_(least(p)).log_()
+            torch.div(p, self.q, out=w)
+            if scaled:
+                w.mul_(factor)
+            w.clamp_min_(least(p)).log_()
             if own is not None:
                 run.log_own[self.rows] = self.q.gather(1, own).log_()
         else:
             log_q = self.logits()
             log_q.sub_(log_q.amax(1, keepdim=True))
             log_q.sub_(torch.exp(log_q, out=w).sum(1, keepdim=True).log_())
+            if scaled:
+                p = torch.mul(p, factor, out=w)
             torch.clamp(p, min=least(p), out=w).log_().sub_(log_q)
             if own is not None:
                 run.log_own[self.rows] = log_q.gather(1, own)
             log_q.exp_()
-        torch.sum(w.mul_(p), 1, keepdim=True, out=run.kl[self.rows])
+        torch.sum(w.mul_(target.p), 1, keepdim=True, out=run.kl[self.rows])
 
     def add_gradient(self, target: Target, weights: Tensor | None = None) -> None:
         """Adds up the products with G = weights (q − p̂)."""
         run = self.run
         assert run.gradients is not None
-        inverse = 1 / target.mass
-        factor = None if weights is None else weights[:, None].to(inverse.dtype)
-        if not has_mass(target.mass):
-            there = target.mass >= least(target.mass)
-            inverse = torch.where(there, inverse, 0)
-            factor = torch.where(there, 1 if factor is None else factor, 0)
-        g = torch.addcmul(self.q, target.p, inverse, value=-1, out=self.work)
+        mass = target.divisor
+        factor = None if weights is None else weights[:, None].to(mass.dtype)
+        if not target.complete:
+            factor = torch.where(target.alive, 1.0 if factor is None else factor, 0.0).to(
+                mass.dtype
+            )
+        g = torch.addcdiv(self.q, target.p, mass, value=-1, out=self.work)
         if target.own is not None and target.at_own is not None:
-            g.scatter_add_(1, target.own, -target.at_own * inverse)
+            g.scatter_add_(1, target.own, -target.at_own / mass)
         if factor is not None:
             g.mul_(factor)
         torch.mm(g, run.keys, out=run.gradients.d_queries[self.rows])
@@ -138,13 +172,10 @@ def is_flat(queries: Tensor, keys: Tensor, scale: float) -> bool:
     """Whether no logit can be large: where asking costs nothing."""
     if queries.device.type != "cpu" or not len(queries):
         return False
-    longest = queries.norm(dim=1).amax() * keys.norm(dim=1).amax()
-    return float(longest) * scale <= LARGEST_LOGIT[queries.dtype]
-
-
-def has_mass(mass: Tensor) -> bool:
-    """Whether every row has."""
-    return float(mass.amin()) >= least(mass)
+    longest = scale  # in float64: squares of small numbers count
+    for x in (queries, keys):
+        longest *= float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).amax())
+    return longest <= LARGEST_LOGIT[queries.dtype]
 
 
 def least(x: Tensor) -> float:

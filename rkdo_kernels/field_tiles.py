@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .field_blocks import Block, Run, Target, has_mass, is_flat, least
+from .field_blocks import Block, Run, Target, is_flat
 from .rounding import Noise
 
 # ---- dense ---------------------------------------------------------------------------------------
@@ -39,8 +39,9 @@ def dense_pass(
 
     The factor is m_i, but for what earlier roundings have left of the row's sum. Entries off
     the diagonal are rounded to the matrix's dtype, to bfloat16 by chance and without bias; the
-    diagonal takes up what is left of the row. A row whose loss is not finite stays as it is; one
-    without mass too, and has loss 0 and gradient 0. A scale of NaN so leaves the whole field.
+    diagonal takes up what is left of the row. A row whose loss is not finite (in the kernels, whose
+    q is not) stays as it is; one without mass too, and has loss 0 and gradient 0. A scale of NaN so
+    leaves the whole field.
     """
     run = Run(queries, keys, scale, gradient, matrix.dtype)
     stored = Stored(matrix, diagonal, rows, cols, own, start, run)
@@ -220,10 +221,10 @@ class Update:
         p, q, rows, stored = target.p, block.q, block.rows, self.stored
         assert target.own is not None
         next_mass = torch.maximum(target.mass + self.slack[rows], target.mass / 2)
-        keep, gain = next_mass / target.mass * (1 - self.alpha), next_mass * self.alpha
+        keep, gain = next_mass / target.divisor * (1 - self.alpha), next_mass * self.alpha
         loss = block.run.kl[rows] - target.at_own * block.run.log_own[rows]
-        if not (has_mass(target.mass) and math.isfinite(float(loss.sum()))):
-            moves = torch.isfinite(loss) & (target.mass >= least(loss))
+        if not (target.complete and math.isfinite(float(loss.sum()))):
+            moves = torch.isfinite(loss) & target.alive
             q.masked_fill_(~moves, 0)
             keep, gain = torch.where(moves, keep, 1), torch.where(moves, gain, 0)
         p.mul_(keep).addcmul_(q, gain).scatter_(1, target.own, 0)

@@ -55,10 +55,7 @@ class Problem:
 
     def materialised(self) -> AbstractContextManager:
         """For reference.py: its matrix products too stay in the inputs' dtype under autocast."""
-        device = self.queries.device.type
-        if has_autocast(device):
-            return torch.autocast(device, enabled=False)
-        return nullcontext()
+        return without_autocast(self.queries.device.type)
 
     def is_small(self) -> bool:
         """Whether fewer operators count for more than less memory."""
@@ -123,6 +120,10 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:  # [N, D], [N or 1, D] -> [N]
 def has_autocast(device: str) -> bool:
     """As a constant: torch.compile does not trace the question in every version."""
     return torch.amp.is_autocast_available(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
 def out_of_autocast(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class ResponseField:
             MemoryError: a matrix that the device cannot have.
         """
         device, group = settle(n, device, process_group)
-        checks.integer("seed", seed, at_least=0, below=2**63)
+        checks.integer("seed", seed, at_least=0, below=2**32)
         check_dtype(dtype, dense_field.DTYPES)
         start = Initial(initial, n, device)
         rows = held(n, *ranks_of(group))
@@ -118,7 +118,8 @@ class ResponseField:
         Raises:
             ValueError: shapes or devices that do not fit, temperature ≤ 0, an unknown reduction or
                 backend, an index that repeats a sample or has none of the field's; on a GPU, where
-                reading it would wait for the device, such an index gives a NaN loss.
+                reading it would wait for the device, and under torch.compile such an index gives a
+                NaN loss.
             TypeError: a tensor that is not dense float32, bfloat16, float16 or float64; an index
                 that is not int64 or int32.
             RuntimeError: backend="triton" where Triton cannot run.
@@ -142,7 +143,7 @@ class ResponseField:
         A row whose embedding is not finite stays as it is, in a snapshot also one that its dtype
         does not hold or that has entries past 2³²; so does one whose q is not finite, in a snapshot
         over the finite keys. On an error, so does the field.
-        On a GPU a bad index changes nothing.
+        Where a bad index raises nothing it changes nothing.
 
         Raises:
             ValueError, TypeError, RuntimeError: as `loss`; alpha outside [0, 1]; a call while a

@@ -12,6 +12,7 @@ from . import field_ops
 from .batch import Batch
 from .initial import Initial
 from .once import once
+from .problem import without_autocast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LARGEST = 2.0**32  # an embedding's entry that is kept: a later batch pairs it with any other's
@@ -119,9 +120,10 @@ class SnapshotField:
         visits, rows = self.tensors["visits"], batch.rows
         keys = batch.keys[batch.own].detach()
         queries = batch.queries.detach()
-        good = torch.isfinite(self.scores(batch))
+        most = torch.finfo(self.tensors["scale"].dtype).max
+        good = (self.scores(batch) <= most) & (batch.scale <= most)
         for x in (queries, keys):
-            good &= (x.to(self.dtype).double().abs() <= LARGEST).all(1)
+            good &= (x.to(self.dtype).float().abs() <= LARGEST).all(1)
         slot = visits[rows] % len(self.tensors["queries"])
         for name, new in (("queries", queries), ("keys", keys)):
             old = self.tensors[name]
@@ -138,7 +140,7 @@ class SnapshotField:
     def scores(self, batch: Batch) -> Tensor:  # [R]
         """At least the rows' largest |c S_ij|, over these keys but those that are not finite, and
         over all that may be kept."""
-        wide = field_ops.wide(batch.keys, self.dtype)
+        wide = field_ops.row_dtype(batch.keys)
         queries, keys = (x.to(wide).abs().amax(1) for x in batch.detached)
         largest = torch.where(torch.isfinite(keys), keys, 0).amax().clamp_min(LARGEST)
         return queries * largest * (batch.keys.shape[1] * batch.scale).to(wide)
@@ -149,7 +151,8 @@ class SnapshotField:
         )
         p = weights.new_zeros(len(batch.rows), len(batch.index))
         for s, of_rows in enumerate(past_queries):
-            x = of_rows.to(p.dtype) @ past_keys[s].to(p.dtype).T * scales[:, s, None]
+            with without_autocast(p.device.type):
+                x = of_rows.to(p.dtype) @ past_keys[s].to(p.dtype).T * scales[:, s, None]
             q = torch.softmax(x.masked_fill(visits <= s, float("-inf")), dim=1)
             p += torch.where(weights[:, s, None] > 0, weights[:, s, None] * q, 0)
         if prior_cols is not None:

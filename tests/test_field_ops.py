@@ -121,6 +121,53 @@ def test_dense_at_any_temperature(length, temperature, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+@pytest.mark.parametrize("mass", [1e-2, 1e-6, 1e-30])
+def test_little_of_a_row_is_in_the_block(mass, temperature, backend):
+    """And p̂ may be as close to q as rounding: the loss of a row, not their mean."""
+    n, count = 40, 39
+    views = sample_views(count, 16)
+    q = torch.softmax(views["queries"].double() @ views["keys"].double().T / temperature, 1)
+    field = ResponseField.dense(n, device=DEVICE)
+    for p in (mass * q, mass * torch.rand(count, count, device=DEVICE) / count):
+        state = field.state_dict()
+        off = p.float().fill_diagonal_(0)
+        state["matrix"][:count, :count] = off
+        state["diagonal"][:count] = p.diagonal()
+        state["matrix"][:count, count] = 1 - mass
+        field.load_state_dict(state)
+        block = off + torch.diag(state["diagonal"][:count])
+        hold(
+            lambda **x: field.loss(
+                **x, index=slice(0, count), temperature=temperature, backend=backend
+            ),
+            block,
+            views,
+            temperature,
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("snapshot", [False, True], ids=["dense", "snapshot"])
+def test_one_column_leaves_nothing_to_learn(snapshot, backend):
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        queries, keys = torch.randn(2, 1, 8, generator=generator).to(DEVICE).unbind()
+        queries.requires_grad_()
+        make = ResponseField.dense
+        field = (
+            ResponseField.snapshot(4, 8, history=2, device=DEVICE)
+            if snapshot
+            else make(4, device=DEVICE)
+        )
+        field.update(queries, keys, slice(2, 3), alpha=0.3, backend=backend)
+        loss = field.loss(queries, keys, slice(2, 3), backend=backend)
+        loss.backward()
+        assert abs(loss) <= 1e-7
+        assert queries.grad.abs().max() <= (0 if backend == "tiled" and not snapshot else 1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "gathered"])
 def test_a_row_without_mass_in_the_block(contiguous, backend):
     """Loss 0, gradient 0 from that row, and the row stays."""

@@ -66,7 +66,7 @@ ARROWS = {
     "initial": {"checks"},
     "batch": {"checks", "distributed", "launch", "once", "ops", "problem"},
     "dense_field": {"batch", "field_ops", "field_tiles", "initial", "once"},
-    "snapshot_field": {"batch", "field_ops", "initial", "once"},
+    "snapshot_field": {"batch", "field_ops", "initial", "once", "problem"},
     "response": {
         "batch",
         "checks",

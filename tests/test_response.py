@@ -385,6 +385,24 @@ def test_snapshots_that_would_not_be_finite_with_others_are_not_kept(backend):
     assert field.step(**views, index=index, backend=backend).isfinite()
 
 
+def test_a_wide_batch_leaves_nothing_that_a_narrow_one_could_not_read():
+    index, views = batch()
+    wide = {name: x.double() for name, x in views.items()}
+    field = KINDS["snapshot"](dtype=torch.float32)
+    field.update(**wide, index=index, temperature=1e-39)
+    large = {name: 1e8 * x for name, x in wide.items()}
+    field.update(**large, index=index, temperature=1e-30)
+    assert field.step(**views, index=index).isfinite()
+
+
+def test_autocast_does_not_touch_a_block():
+    index, _ = batch()
+    field = visited(KINDS["snapshot"])
+    before = field.block(index)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(field.block(index), before)
+
+
 def test_a_temperature_whose_inverse_is_no_float32(make):
     field = visited(make)
     index, views = batch()
