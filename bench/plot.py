@@ -18,7 +18,7 @@ from typing import Any
 
 from .errors import BenchError, Parser
 from .measure import DTYPES
-from .record import Result, benchmark_files, make_folder, newest, read
+from .record import RUNS, Result, benchmark_files, make_folder, newest, read
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -41,13 +41,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="result files; all of them if none")
     parser.add_argument("--case", metavar="NAME", help="only this case")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="beside the first file if not given"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="beside the first of FILES if not given; bench/runs without FILES",
     )
     chosen = parser.parse_args(arguments)
     files = chosen.files or benchmark_files()
     if not files:
         raise BenchError("no result files: python -m bench")
-    for path in draw(files, chosen.out or files[0].parent, chosen.case):
+    beside = files[0].parent if chosen.files else RUNS
+    for path in draw(files, chosen.out or beside, chosen.case):
         print(path)
     return 0
 

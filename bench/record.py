@@ -19,6 +19,7 @@ from .errors import BenchError
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
+RUNS = FOLDER.parent / "runs"
 PACKAGES = ("rkdo-kernels", "torch", "triton", "inf-cl")
 CODE = ("rkdo_kernels", "rkdo", "bench")
 
@@ -125,11 +126,11 @@ def output(command: list[str]) -> str:
 
 
 def default_path(device: str) -> Path:
-    """bench/results/cpu-model-2025-01-31.jsonl"""
+    """bench/runs/cpu-model-2025-01-31.jsonl: what README's figures come from is kept elsewhere."""
     words = device_name(device).lower().replace("(r)", "").replace("(tm)", "")
     name = "-".join("".join(c if c.isalnum() else " " for c in words).split()[:6])
     prefix = "gpu" if device == "cuda" else "cpu"
-    return FOLDER / f"{prefix}-{name}-{datetime.date.today().isoformat()}.jsonl"
+    return RUNS / f"{prefix}-{name}-{datetime.date.today().isoformat()}.jsonl"
 
 
 def benchmark_files() -> list[Path]:

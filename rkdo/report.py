@@ -82,7 +82,7 @@ def draw_field(
     epochs = [line["epoch"] for line in lines]
     right.plot(epochs, [line["field_entropy"] for line in lines], "o-", label="row entropy (nats)")
     right.plot([], [], "s-", color="C1", label="class purity")
-    right.set(xlabel="epoch", ylabel="row entropy (nats)", title="mean over the rows")
+    right.set(xlabel="epoch", ylabel="row entropy (nats)", title="mean over the shown rows")
     right.set_ylim(bottom=0)
     right.legend(loc="lower left")
     purity = right.twinx()
