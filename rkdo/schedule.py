@@ -24,6 +24,16 @@ def temperature_at(config: TrainConfig, done: float) -> float:
     return config.first_temperature * (1 - config.temperature_decay * done)
 
 
+def scheduled_at(config: TrainConfig, done: float) -> dict[str, float]:
+    """What a schedule has made of the settings that it changes, for the metrics."""
+    found = {}
+    if config.alpha_schedule != "constant":
+        found["alpha"] = alpha_at(config, done)
+    if config.temperature_decay:
+        found["temperature"] = temperature_at(config, done)
+    return found
+
+
 def levelled_off(config: TrainConfig, losses: Sequence[float]) -> bool:
     """Whether over the last STOP_WINDOW epochs `losses` fall by less than STOP_SLOPE an epoch."""
     if config.stop_slope is None or len(losses) < config.stop_window:

@@ -24,7 +24,7 @@ from rkdo.objective import build_objective
 from rkdo.ranks import Ranks, joined_ranks
 from rkdo.record import Run
 from rkdo.report import draw_curves
-from rkdo.schedule import alpha_at, levelled_off, temperature_at
+from rkdo.schedule import alpha_at, levelled_off, scheduled_at, temperature_at
 
 
 @dataclass
@@ -157,6 +157,7 @@ def _train(
                         "loss": mean_loss,
                         "gradient_norm": norm,
                         "images_per_second": round(speed, 1),
+                        **scheduled_at(config, done),
                         **measures,
                     }
                 )

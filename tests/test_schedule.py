@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rkdo.config import TrainConfig
-from rkdo.schedule import alpha_at, levelled_off, slope, temperature_at
+from rkdo.schedule import alpha_at, levelled_off, scheduled_at, slope, temperature_at
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,10 @@ def test_a_loss_has_levelled_off_when_its_last_epochs_fall_too_little():
     assert levelled_off(config, [9.0, 5.0, 1.0, 0.95, 0.9])  # what came before does not count
     assert not levelled_off(config, [1.0, 1.0, 1.0, 0.7, 0.4])
     assert not levelled_off(TrainConfig(stop_slope=0.5, stop_window=3), [2.0, 1.5, 1.0])
+
+
+def test_only_what_changes_is_told():
+    assert scheduled_at(TrainConfig(), 0.5) == {}
+    assert scheduled_at(TrainConfig(alpha_schedule="linear"), 0.5) == {"alpha": 0.25}
+    decaying = TrainConfig(temperature_decay=0.5, temperature=0.2)
+    assert scheduled_at(decaying, 0.5) == {"temperature": pytest.approx(0.15)}
