@@ -76,6 +76,8 @@ OPERATORS = {
 # Mutants that change nothing to see: (file, a part of the changed line, why).
 UNREAD = "nobody reads it unless the temperature is learnable"
 EQUIVALENT = [
+    ("field_blocks", "torch.where(self.alive, self.mass, 1)", "the row's weight is 0"),
+    ("field_blocks", 'queries.device.type != "cpu"', "the other way is as exact, and slower"),
     ("small", "if learnable else loss.new_zeros(n, depth - 1)", UNREAD),
     ("small", "if learnable else loss.new_zeros(n, depth + 2)", UNREAD),
     ("primitives", "(offset <= first_j + (COLS - 1) + first_i)", "more tiles are looked at"),
