@@ -148,6 +148,21 @@ def test_little_of_a_row_is_in_the_block(mass, temperature, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mass_below_the_normal_numbers_is_none(backend):
+    field = ResponseField.dense(3, device=DEVICE)
+    state = field.state_dict()
+    state["matrix"][0, 1], state["matrix"][0, 2], state["diagonal"][0] = 1e-39, 1, 0
+    field.load_state_dict(state)
+    views = sample_views(2, 8)
+    losses = field.step(**views, index=slice(0, 2), reduction="none", backend=backend)
+    assert losses[0] == 0
+    after = field.state_dict()
+    for name in ("matrix", "diagonal", "row_sum"):
+        assert torch.equal(after[name][0], state[name][0])
+        assert not torch.equal(after[name][1], state[name][1]) or name == "row_sum"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("snapshot", [False, True], ids=["dense", "snapshot"])
 def test_one_column_leaves_nothing_to_learn(snapshot, backend):
     for seed in range(30):
