@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 def run(*what):
     script = Path(__file__).parent / "memory_guard.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    checkout = str(script.parent.parent)  # where nothing needs to be installed
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": checkout}
     return subprocess.run(
         [sys.executable, str(script), *what], env=environment, capture_output=True, text=True
     )
