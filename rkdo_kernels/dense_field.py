@@ -59,7 +59,7 @@ class DenseField:
             p = initial.rows(first + start, first + stop, n, matrix.device)
             own = p.diagonal(first + start).clone()
             p.diagonal(first + start).fill_(0)
-            others = field_tiles.store(matrix, p, start, clock)[:, 0]
+            others = field_tiles.store(matrix[start:stop], p, first + start, clock)[:, 0]
             # A row without itself has no mass there, whatever the rounding has left.
             own = torch.where(own > 0, (1 - others).clamp_min(0), 0).to(diagonal.dtype)
             diagonal[start:stop] = own

@@ -354,11 +354,11 @@ class Dense:
             self.row_sum = row_sum if self.rows is not None else row_sum[self.start :]
         _dense_rows[(triton.cdiv(max(n, m), 128),)](
             peak, mass, total, masses, self.diagonal, self.row_sum,
-            *self.indices(weights, self.rows, self.cols), self.scale,
+            *self.indices(weights, self.rows, self.cols, self.own), self.scale,
             *self.indices(alpha, clock), self.table, self.mass, self.keys_of_noise, n, m,
             self.start, WHOLE=whole, WEIGHTED=weights is not None, UPDATE=alpha is not None,
-            NOISE=alpha is not None and self.noise, **self.index, COUNT=128, num_warps=4,
-            enable_fp_fusion=True,
+            NOISE=alpha is not None and self.noise, **self.index, BY_OWN=self.own is not None,
+            COUNT=128, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
     def walk(

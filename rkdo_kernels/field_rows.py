@@ -51,6 +51,7 @@ def _dense_rows(
     weights_ptr,  # [R]        in, ∂L/∂loss, for WEIGHTED
     rows_ptr,  # [R]           in, int64
     cols_ptr,  # [B]           in, int64
+    own_ptr,  # [R]            in, int64
     scale_ptr,  # []           in, c
     alpha_ptr,  # []           in, for UPDATE
     clock_ptr,  # [2]          in, int64, for NOISE
@@ -66,6 +67,7 @@ def _dense_rows(
     NOISE: tl.constexpr,
     BY_ROW: tl.constexpr,
     BY_COL: tl.constexpr,
+    BY_OWN: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     """One program per COUNT rows and as many columns: what the walks need of each, in float64."""
@@ -105,8 +107,9 @@ def _dense_rows(
     if NOISE:
         seed = tl.load(clock_ptr)
         updates = mixed(tl.load(clock_ptr + 1).to(tl.uint32))
-        row_id = row if BY_ROW else row + start
-        key = mixed(row_id.to(tl.uint32) ^ mixed(mixed(seed.to(tl.uint32)) ^ updates)) | 1
+        own = tl.load(own_ptr + i, mask=there, other=0) if BY_OWN else i.to(tl.int64)
+        sample = tl.load(cols_ptr + own, mask=there, other=0) if BY_COL else own + start
+        key = mixed(sample.to(tl.uint32) ^ mixed(mixed(seed.to(tl.uint32)) ^ updates)) | 1
         tl.store(noise_ptr + i, key.to(tl.int32, bitcast=True), mask=there)
         there = i < n_cols
         col = i.to(tl.int64) + start

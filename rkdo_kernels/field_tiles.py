@@ -215,7 +215,7 @@ class Update:
         self.others = torch.zeros_like(run.kl)  # [R, 1], Σ_j of what is written
         self.noise = None
         if stored.matrix.dtype == torch.bfloat16:
-            self.noise = Noise(stored.rows, stored.cols, clock)
+            self.noise = Noise(stored.cols[stored.own[:, 0]], stored.cols, clock)
 
     def write(self, block: Block, target: Target) -> None:
         p, q, rows, stored = target.p, block.q, block.rows, self.stored
@@ -249,16 +249,20 @@ class Update:
         self.row_sum[rows] = torch.where(moves, after, before)[:, 0]
 
 
-def store(matrix: Tensor, p: Tensor, start: int, clock: Tensor) -> Tensor:  # [r, n] -> [r, 1]
-    """Rounds rows into the matrix, and returns what they add up to there."""
-    if matrix.dtype == torch.bfloat16:
-        rows = torch.arange(start, start + len(p), device=p.device)
+def store(
+    rows: Tensor,  # [r, n], of the matrix
+    p: Tensor,  # [r, n]
+    first: int,  # the sample that the first row is of
+    clock: Tensor,
+) -> Tensor:  # [r, 1]
+    """Rounds p into the rows, and returns what they add up to there."""
+    if rows.dtype == torch.bfloat16:
         cols = torch.arange(p.shape[1], device=p.device)
-        every = slice(0, len(p))
-        Noise(rows, cols, clock).round(p, every, torch.empty_like(p, dtype=torch.int32))
-    elif p.dtype != matrix.dtype:
-        p.copy_(p.to(matrix.dtype))
-    matrix[start : start + len(p)] = p
+        noise = Noise(cols[first : first + len(p)], cols, clock)
+        noise.round(p, slice(0, len(p)), torch.empty_like(p, dtype=torch.int32))
+    elif p.dtype != rows.dtype:
+        p.copy_(p.to(rows.dtype))
+    rows.copy_(p)
     return p.sum(1, keepdim=True)
 
 

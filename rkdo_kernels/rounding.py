@@ -10,10 +10,15 @@ MASK = (1 << 32) - 1
 
 class Noise:
     """What an update adds to the bits that are cut off: the upper 16 bits of
-    (row key | 1) · column key modulo 2^32, from hashes of the matrix's row (on several ranks, of
-    the rank's own) or column, of seed and update."""
+    (row key | 1) · column key modulo 2^32, from hashes of the row's or the column's sample, of seed
+    and update."""
 
-    def __init__(self, rows: Tensor, cols: Tensor, clock: Tensor) -> None:
+    def __init__(
+        self,
+        rows: Tensor,  # [R] int64, samples
+        cols: Tensor,  # [B] int64
+        clock: Tensor,  # [2]
+    ) -> None:
         self.rows = keys_of(rows, clock, 0)[:, None] | 1  # [R, 1] int32
         self.cols = keys_of(cols, clock, 1)  # [B] int32
 

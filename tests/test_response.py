@@ -636,16 +636,49 @@ def train(rank, ranks, group):
             except ValueError as error:
                 found.append((str(error),))
         results[name] = found
+    results["bfloat16"] = rounded(rank, ranks, group)
     return results
 
 
-def test_two_ranks_are_one(tmp_path):
+def rounded(rank, ranks, group):
+    """What a field holds that is rounded by chance, from its start on."""
+    n, share = 40, 16
+    field = ResponseField.dense(
+        n, dtype=torch.bfloat16, initial=initials(n)["neighbours"], process_group=group, seed=3
+    )
+    states = [field.state_dict()]
+    for step in range(4):
+        index = torch.randperm(n, generator=torch.Generator().manual_seed(step))[: 2 * share]
+        views = sample_views(2 * share, D, torch.float64, seed=step).values()
+        mine = slice(rank * share, (rank + 1) * share) if ranks > 1 else slice(None)
+        field.update(*(x.cpu()[mine] for x in views), index[mine], alpha=0.3)
+        states.append(field.state_dict())
+    return states
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(run_rank, args=(port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    mp.spawn(run_rank, args=(port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_ranks_round_as_one(two_ranks):
+    alone = rounded(0, 1, None)
+    assert not torch.equal(alone[0]["matrix"], alone[-1]["matrix"])
+    for wanted, *parts in zip(alone, *(x["bfloat16"] for x in two_ranks), strict=True):
+        for name in ("matrix", "diagonal", "row_sum"):
+            assert torch.equal(torch.cat([x[name] for x in parts]), wanted[name]), name
+
+
+def test_two_ranks_are_one(two_ranks):
+    ranks = two_ranks
     for name, steps in train(0, 1, None).items():
+        if name == "bfloat16":
+            continue
         for wanted, *parts in zip(steps, *(rank[name] for rank in ranks), strict=True):
             if isinstance(wanted[0], str):
                 assert all(part == wanted for part in parts)
