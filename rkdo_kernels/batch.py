@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks, launch, ops
 from .distributed import gather_keys
-from .once import once
+from .needs import once_only
 from .problem import out_of_autocast
 
 Index = Tensor | slice
@@ -160,9 +160,9 @@ class Given(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> Any:  # type: ignore[override]
         queries, keys, *gradients = ctx.saved_tensors
-        results = [once(g * (ctx.factor * d_loss).to(g.dtype), queries, keys) for g in gradients]
-        d_queries, d_keys = (g.to(x.dtype) for g, x in zip(results, (queries, keys), strict=True))
-        return d_queries, d_keys, None, None, None, None
+        results = [g * (ctx.factor * d_loss).to(g.dtype) for g in gradients]
+        needs = ctx.needs_input_grad[:2]
+        return *once_only(needs, results, queries, keys), None, None, None, None
 
 
 class Exchange(torch.autograd.Function):

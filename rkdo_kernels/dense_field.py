@@ -11,7 +11,7 @@ from torch import Tensor
 from . import field_ops, field_tiles
 from .batch import Batch
 from .initial import Initial
-from .once import once
+from .needs import NEITHER, Needs, once_only
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FILLED_AT_ONCE = 1 << 22  # entries
@@ -66,17 +66,17 @@ class DenseField:
             row_sum[start:stop] = others + own
 
     def evaluate(
-        self, batch: Batch, alpha: Tensor | None, gradient: bool
+        self, batch: Batch, alpha: Tensor | None, needs: Needs
     ) -> tuple[Tensor, Tensor, Tensor]:  # [R], [R, D], [B, D]
-        """The rows' losses and, as `gradient` says, that of their sum; with alpha, an update."""
+        """The rows' losses and, as `needs` says, those of their sum; with alpha, an update."""
         matrix, diagonal, row_sum, clock = self.tensors.values()
         place = *batch.rows_and_cols(), batch.scale
         if alpha is None:
             return field_ops.dense_loss(
-                *batch.detached, matrix, diagonal, row_sum, *place, clock, gradient, batch.backend
+                *batch.detached, matrix, diagonal, row_sum, *place, clock, needs, batch.backend
             )
         result = field_ops.dense_step(
-            *batch.detached, matrix, diagonal, row_sum, *place, alpha, clock, gradient,
+            *batch.detached, matrix, diagonal, row_sum, *place, alpha, clock, needs,
             batch.backend,
         )  # fmt: skip
         clock[1].add_(torch.isfinite(batch.scale))
@@ -89,7 +89,7 @@ class DenseField:
         if alpha is not None:  # P will be gone
             matrix, diagonal = self.entries(batch), diagonal[batch.rows]
             place = None, None, batch.own, 0
-        loss, _, _ = self.evaluate(batch, alpha, False)
+        loss, _, _ = self.evaluate(batch, alpha, NEITHER)
         return Rows.apply(
             batch.queries, batch.keys, loss, matrix, diagonal, *place, batch.scale, batch.backend
         )
@@ -134,11 +134,12 @@ class Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> Any:  # type: ignore[override]
         queries, keys, *field, scale = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:2])
         gradients = field_ops.dense_gradient(
-            queries.detach(), keys.detach(), *field, ctx.start, scale, d_loss.detach(), ctx.backend
-        )
-        d_queries, d_keys = (once(g, queries, keys, d_loss) for g in gradients)
-        return d_queries.to(queries.dtype), d_keys.to(keys.dtype), *[None] * 9
+            queries.detach(), keys.detach(), *field, ctx.start, scale, d_loss.detach(), needs,
+            ctx.backend,
+        )  # fmt: skip
+        return *once_only(needs, gradients, queries, keys, d_loss), *[None] * 9
 
 
 def fits(rows: int, n: int, dtype: torch.dtype, device: torch.device) -> None:

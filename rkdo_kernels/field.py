@@ -27,6 +27,7 @@ from .field_rows import (
     touched,
 )
 from .field_snapshot import snapshot_gradient, snapshot_pass
+from .needs import BOTH, Needs, rooms
 from .primitives import (
     LANES,
     LN2,
@@ -246,23 +247,21 @@ def dense_pass(
     scale: Tensor,
     alpha: Tensor | None,
     clock: Tensor,
-    gradient: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [R] float64, [R, D], [B, D]
     n = len(matrix)
     whole = rows is None and cols is None and start == 0 and len(queries) == len(keys) == n
     run = Dense(queries, keys, matrix, diagonal, rows, cols, own, start, scale)
     run.prepare(row_sum, whole=whole, alpha=alpha, clock=clock)
     loss = queries.new_empty(len(queries), dtype=torch.float64)
-    if not gradient:
-        run.walk(loss=loss, update=alpha is not None)
-        nothing = queries.new_empty(0, dtype=torch.float32)
-        return loss, nothing, nothing.clone()
-    d_keys = run.keys_gradient()  # before the block changes
-    d_queries = queries.new_empty(queries.shape, dtype=torch.float32)
-    if run.dims["CHUNKS"] == 1:
+    d_queries, d_keys = rooms(queries, keys, needs, torch.float32)
+    if needs[1]:
+        run.keys_gradient(d_keys)  # before the block changes
+    if needs[0] and run.dims["CHUNKS"] == 1:
         run.walk(loss=loss, update=alpha is not None, gradient=d_queries)
     else:
-        run.walk(gradient=d_queries)
+        if needs[0]:
+            run.walk(gradient=d_queries)
         run.walk(loss=loss, update=alpha is not None)
     return loss, d_queries, d_keys
 
@@ -278,12 +277,16 @@ def dense_gradient(
     start: int,
     scale: Tensor,
     weights: Tensor,
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:  # [R, D], [B, D]
     run = Dense(queries, keys, matrix, diagonal, rows, cols, own, start, scale)
     run.prepare(None, weights=weights.contiguous())
-    d_queries = queries.new_empty(queries.shape, dtype=torch.float32)
-    run.walk(gradient=d_queries)
-    return d_queries, run.keys_gradient()
+    d_queries, d_keys = rooms(queries, keys, needs, torch.float32)
+    if needs[0]:
+        run.walk(gradient=d_queries)
+    if needs[1]:
+        run.keys_gradient(d_keys)
+    return d_queries, d_keys
 
 
 class Dense:
@@ -376,9 +379,8 @@ class Dense:
             COLS=config.cols, **config.options,
         )  # fmt: skip
 
-    def keys_gradient(self) -> Tensor:
+    def keys_gradient(self, gradient: Tensor) -> None:
         config = launch.config(f"field_keys{self.gathered}", self.queries)
-        gradient = self.queries.new_empty(self.keys.shape, dtype=torch.float32)
         _dense_keys[(triton.cdiv(self.m, config.cols), self.dims["CHUNKS"])](
             self.queries, self.keys, self.matrix, self.diagonal,
             *self.indices(self.rows, self.cols, self.own), self.table, self.scale, gradient,
@@ -386,4 +388,3 @@ class Dense:
             self.dim, **self.layout, **self.dims, ROWS=config.rows, COLS=config.cols,
             **config.options,
         )  # fmt: skip
-        return gradient

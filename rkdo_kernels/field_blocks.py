@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .needs import Needs
 from .tiles import Gradients, compute, sums
 
 BLOCK_BYTES = 3 << 19  # of one of a block's three or four buffers
@@ -55,11 +56,11 @@ class Run:
     """A batch cut into blocks of rows, in memory that all blocks share."""
 
     def __init__(
-        self, queries: Tensor, keys: Tensor, scale: Tensor, gradient: bool, field: torch.dtype
+        self, queries: Tensor, keys: Tensor, scale: Tensor, needs: Needs, field: torch.dtype
     ) -> None:
         if field == torch.float64:
             queries, keys = queries.double(), keys.double()
-        self.gradients = Gradients(compute(queries), compute(keys)) if gradient else None
+        self.gradients = Gradients(compute(queries), compute(keys), needs)
         self.queries, self.keys = compute(queries), compute(keys)
         self.scale = float(scale.to(self.queries.dtype))  # one too large is infinite
         n, m = len(queries), len(keys)
@@ -91,8 +92,6 @@ class Run:
         return torch.where(alive, kl / mass - torch.log(mass * factor), 0 * kl), mass
 
     def result(self) -> tuple[Tensor, Tensor]:
-        if self.gradients is None:
-            return self.queries.new_empty(0), self.queries.new_empty(0)
         return self.gradients.d_queries.mul_(self.scale), self.gradients.d_keys.mul_(self.scale)
 
 
@@ -151,8 +150,9 @@ class Block:
 
     def add_gradient(self, target: Target, weights: Tensor | None = None) -> None:
         """Adds up the products with G = weights (q − p̂)."""
-        run = self.run
-        assert run.gradients is not None
+        run, gradients = self.run, self.run.gradients
+        if not (gradients.to_queries or gradients.to_keys):
+            return
         mass = target.divisor
         factor = None if weights is None else weights[:, None].to(mass.dtype)
         if not target.complete:
@@ -164,8 +164,10 @@ class Block:
             g.scatter_add_(1, target.own, -target.at_own / mass)
         if factor is not None:
             g.mul_(factor)
-        torch.mm(g, run.keys, out=run.gradients.d_queries[self.rows])
-        run.gradients.d_keys.addmm_(g.T, self.queries)
+        if gradients.to_queries:
+            torch.mm(g, run.keys, out=gradients.d_queries[self.rows])
+        if gradients.to_keys:
+            gradients.d_keys.addmm_(g.T, self.queries)
 
 
 def is_flat(queries: Tensor, keys: Tensor, scale: float) -> bool:

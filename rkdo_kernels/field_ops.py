@@ -6,6 +6,7 @@ a gradient, response.py hands to autograd. Arguments are those of field_tiles.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import field_tiles
+from .needs import Needs, rooms
 from .ops import product_dtype, row_dtype
 
 
@@ -40,13 +42,13 @@ def dense_loss(
     start: int,
     scale: Tensor,  # []
     clock: Tensor,  # [2]
-    gradient: bool,
+    needs: Sequence[bool],  # of the gradients; any other has no entries
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # [R], [R, D], [B, D]; those of size 0 without `gradient`
+) -> tuple[Tensor, Tensor, Tensor]:  # [R], [R, D], [B, D]
     """KL(p̂_i ‖ q_i), and the gradient of their sum; the field stays as it is."""
     return implementation(backend).dense_pass(
         queries, keys, matrix, diagonal, row_sum, rows, cols, own, start, scale, None, clock,
-        gradient,
+        needs,
     )  # fmt: skip
 
 
@@ -64,13 +66,13 @@ def dense_step(
     scale: Tensor,
     alpha: Tensor,  # []
     clock: Tensor,
-    gradient: bool,
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, and P ← (1 − α) P + α m q in the one pass."""
     return implementation(backend).dense_pass(
         queries, keys, matrix, diagonal, row_sum, rows, cols, own, start, scale, alpha, clock,
-        gradient,
+        needs,
     )  # fmt: skip
 
 
@@ -86,29 +88,30 @@ def dense_gradient(
     start: int,
     scale: Tensor,
     weights: Tensor,  # [R], ∂L/∂loss
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [R, D], [B, D]
     """Through  ∂L/∂S_ij = weights_i c (q_ij − p̂_ij)."""
     return implementation(backend).dense_gradient(
-        queries, keys, matrix, diagonal, rows, cols, own, start, scale, weights
+        queries, keys, matrix, diagonal, rows, cols, own, start, scale, weights, needs
     )
 
 
 @dense_loss.register_fake
-def _(queries, keys, matrix, diagonal, row_sum, rows, cols, own, start, scale, clock, gradient,
+def _(queries, keys, matrix, diagonal, row_sum, rows, cols, own, start, scale, clock, needs,
       backend):  # fmt: skip
-    return of_pass(queries, keys, gradient, matrix.dtype)
+    return of_pass(queries, keys, needs, matrix.dtype)
 
 
 @dense_step.register_fake
 def _(queries, keys, matrix, diagonal, row_sum, rows, cols, own, start, scale, alpha, clock,
-      gradient, backend):  # fmt: skip
-    return of_pass(queries, keys, gradient, matrix.dtype)
+      needs, backend):  # fmt: skip
+    return of_pass(queries, keys, needs, matrix.dtype)
 
 
 @dense_gradient.register_fake
-def _(queries, keys, matrix, *args):
-    return of_gradient(queries, keys, matrix.dtype)
+def _(queries, keys, matrix, diagonal, rows, cols, own, start, scale, weights, needs, backend):
+    return rooms(queries, keys, needs, wide(queries, matrix.dtype))
 
 
 # ---- snapshots -----------------------------------------------------------------------------------
@@ -128,13 +131,13 @@ def snapshot_loss(
     row_labels: Tensor | None,  # [R]
     col_labels: Tensor | None,  # [B]
     scale: Tensor,  # []
-    gradient: bool,
+    needs: Sequence[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # [R], [R, D], [B, D]; those of size 0 without `gradient`
+) -> tuple[Tensor, Tensor, Tensor]:  # [R], [R, D], [B, D]
     """KL(p_i ‖ q_i), p the mixture that past visits make, and the gradient of their sum."""
     return implementation(backend).snapshot_pass(
         queries, keys, past_queries, past_keys, weights, scales, visits, prior, prior_cols,
-        row_labels, col_labels, scale, gradient,
+        row_labels, col_labels, scale, needs,
     )  # fmt: skip
 
 
@@ -153,24 +156,26 @@ def snapshot_gradient(
     col_labels: Tensor | None,
     scale: Tensor,
     loss_weights: Tensor,  # [R], ∂L/∂loss
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # [R, D], [B, D]
     """Through  ∂L/∂S_ij = loss_weights_i c (q_ij − p_ij)."""
     return implementation(backend).snapshot_gradient(
         queries, keys, past_queries, past_keys, weights, scales, visits, prior, prior_cols,
-        row_labels, col_labels, scale, loss_weights,
+        row_labels, col_labels, scale, loss_weights, needs,
     )  # fmt: skip
 
 
 @snapshot_loss.register_fake
 def _(queries, keys, past_queries, past_keys, weights, scales, visits, prior, prior_cols,
-      row_labels, col_labels, scale, gradient, backend):  # fmt: skip
-    return of_pass(queries, keys, gradient, weights.dtype)
+      row_labels, col_labels, scale, needs, backend):  # fmt: skip
+    return of_pass(queries, keys, needs, weights.dtype)
 
 
 @snapshot_gradient.register_fake
-def _(queries, keys, past_queries, past_keys, weights, *args):
-    return of_gradient(queries, keys, weights.dtype)
+def _(queries, keys, past_queries, past_keys, weights, scales, visits, prior, prior_cols,
+      row_labels, col_labels, scale, loss_weights, needs, backend):  # fmt: skip
+    return rooms(queries, keys, needs, wide(queries, weights.dtype))
 
 
 # ---- shapes --------------------------------------------------------------------------------------
@@ -181,15 +186,7 @@ def wide(queries: Tensor, field: torch.dtype) -> torch.dtype:
 
 
 def of_pass(
-    queries: Tensor, keys: Tensor, gradient: bool, field: torch.dtype
+    queries: Tensor, keys: Tensor, needs: Needs, field: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = queries.new_empty(queries.shape[0], dtype=row_dtype(queries))
-    if gradient:
-        return loss, *of_gradient(queries, keys, field)
-    empty = queries.new_empty(0, dtype=wide(queries, field))
-    return loss, empty, empty.clone()
-
-
-def of_gradient(queries: Tensor, keys: Tensor, field: torch.dtype) -> tuple[Tensor, Tensor]:
-    dtype = wide(queries, field)
-    return queries.new_empty(queries.shape, dtype=dtype), keys.new_empty(keys.shape, dtype=dtype)
+    return loss, *rooms(queries, keys, needs, wide(queries, field))

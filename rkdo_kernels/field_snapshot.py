@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .needs import BOTH, Needs, rooms
 from .primitives import (
     LANES,
     LN2,
@@ -337,19 +338,18 @@ def snapshot_pass(
     row_labels: Tensor | None,
     col_labels: Tensor | None,
     scale: Tensor,
-    gradient: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [R] float64, [R, D], [B, D]
     run = Snapshots(
         queries, keys, past_queries, past_keys, weights, scales, visits, prior, prior_cols,
         row_labels, col_labels, scale, None,
     )  # fmt: skip
     loss = queries.new_empty(len(queries), dtype=torch.float64)
-    if not gradient:
-        run.walk("rows", loss=loss)
-        nothing = queries.new_empty(0, dtype=torch.float32)
-        return loss, nothing, nothing.clone()
-    d_queries = run.walk("rows", loss=loss, like=queries)
-    return loss, d_queries, run.walk("keys", like=keys)
+    d_queries, d_keys = rooms(queries, keys, needs, torch.float32)
+    run.walk("rows", loss=loss, gradient=d_queries if needs[0] else None)
+    if needs[1]:
+        run.walk("keys", gradient=d_keys)
+    return loss, d_queries, d_keys
 
 
 def snapshot_gradient(
@@ -366,12 +366,18 @@ def snapshot_gradient(
     col_labels: Tensor | None,
     scale: Tensor,
     loss_weights: Tensor,
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:  # [R, D], [B, D]
     run = Snapshots(
         queries, keys, past_queries, past_keys, weights, scales, visits, prior, prior_cols,
         row_labels, col_labels, scale, loss_weights.contiguous(),
     )  # fmt: skip
-    return run.walk("rows", like=queries), run.walk("keys", like=keys)
+    d_queries, d_keys = rooms(queries, keys, needs, torch.float32)
+    if needs[0]:
+        run.walk("rows", gradient=d_queries)
+    if needs[1]:
+        run.walk("keys", gradient=d_keys)
+    return d_queries, d_keys
 
 
 class Snapshots:
@@ -438,16 +444,15 @@ class Snapshots:
         """A tensor that nobody reads for one that is not given."""
         return [self.table if x is None else x.contiguous() for x in tensors]
 
-    def walk(self, side: str, *, loss: Tensor | None = None, like: Tensor | None = None) -> Tensor:
+    def walk(
+        self, side: str, *, loss: Tensor | None = None, gradient: Tensor | None = None
+    ) -> None:
         config = launch.config(f"snapshot_{side}", self.queries)
         dims = launch.dims(self.queries, config.width)
-        shape = (0,) if like is None else like.shape
-        gradient = self.queries.new_empty(shape, dtype=torch.float32)
         rows = side == "rows"
         blocks = triton.cdiv(self.n, config.rows) if rows else triton.cdiv(self.m, config.cols)
-        _snapshot_walk[(blocks, 1 if like is None else dims["CHUNKS"])](
-            *self.tensors, *self.given(loss), gradient, *self.numbers, QUERIES=rows,
-            LOSS=loss is not None, GRADIENT=like is not None, **self.constants, **dims,
+        _snapshot_walk[(blocks, 1 if gradient is None else dims["CHUNKS"])](
+            *self.tensors, *self.given(loss, gradient), *self.numbers, QUERIES=rows,
+            LOSS=loss is not None, GRADIENT=gradient is not None, **self.constants, **dims,
             ROWS=config.rows, COLS=config.cols, **config.options,
         )  # fmt: skip
-        return gradient

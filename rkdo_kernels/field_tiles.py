@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .field_blocks import Block, Run, Target, is_flat
+from .needs import BOTH, Needs
 from .rounding import Noise
 
 # ---- dense ---------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ def dense_pass(
     scale: Tensor,  # [], c
     alpha: Tensor | None,  # []; None leaves the field as it is
     clock: Tensor,  # [2] int64: the seed, and the number of updates so far
-    gradient: bool,
+    needs: Needs,  # of the gradients; any other has no entries
 ) -> tuple[Tensor, Tensor, Tensor]:  # [R] float64, [R, D], [B, D]
     """KL(p̂_i ‖ q_i) by row, the gradient of their sum, and the field's next block.
 
@@ -43,14 +44,13 @@ def dense_pass(
     q is not) stays as it is; one without mass too, and has loss 0 and gradient 0. A scale of NaN so
     leaves the whole field.
     """
-    run = Run(queries, keys, scale, gradient, matrix.dtype)
+    run = Run(queries, keys, scale, needs, matrix.dtype)
     stored = Stored(matrix, diagonal, rows, cols, own, start, run)
     update = None if alpha is None else Update(stored, run, alpha, row_sum, clock)
     for block in run.blocks():
         target = stored.target(block)
         block.divergence(target)
-        if gradient:
-            block.add_gradient(target)
+        block.add_gradient(target)
         if update:
             update.write(block, target)
     loss, mass = run.losses(stored.at_own)
@@ -70,9 +70,10 @@ def dense_gradient(
     start: int,
     scale: Tensor,
     weights: Tensor,  # [R], ∂L/∂loss
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:  # [R, D], [B, D]
     """Through  ∂L/∂S_ij = weights_i c (q_ij − p̂_ij);  arguments as in `dense_pass`."""
-    run = Run(queries, keys, scale, True, matrix.dtype)
+    run = Run(queries, keys, scale, needs, matrix.dtype)
     stored = Stored(matrix, diagonal, rows, cols, own, start, run)
     for block in run.blocks():
         target = stored.target(block)
@@ -97,7 +98,7 @@ def snapshot_pass(
     row_labels: Tensor | None,  # [R] int64, and of the columns:
     col_labels: Tensor | None,  # [B] int64; p⁰ times its weight is prior_i0 where they agree
     scale: Tensor,  # [], c
-    gradient: bool,
+    needs: Needs,  # of the gradients; any other has no entries
 ) -> tuple[Tensor, Tensor, Tensor]:  # [R] float64, [R, D], [B, D]
     """KL(p_i ‖ q_i) by row, and the gradient of their sum.
 
@@ -105,7 +106,7 @@ def snapshot_pass(
 
     p⁰ is given by `prior_cols` or by the labels. A row whose weights are all 0 has loss 0.
     """
-    run = Run(queries, keys, scale, gradient, weights.dtype)
+    run = Run(queries, keys, scale, needs, weights.dtype)
     past = Past(
         run,
         past_queries,
@@ -121,8 +122,7 @@ def snapshot_pass(
     for block in run.blocks():
         target = past.target(block)
         block.divergence(target)
-        if gradient:
-            block.add_gradient(target)
+        block.add_gradient(target)
     loss, _ = run.losses()
     return loss[:, 0], *run.result()
 
@@ -141,9 +141,10 @@ def snapshot_gradient(
     col_labels: Tensor | None,
     scale: Tensor,
     loss_weights: Tensor,  # [R], ∂L/∂loss
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:  # [R, D], [B, D]
     """Through  ∂L/∂S_ij = loss_weights_i c (q_ij − p_ij);  arguments as in `snapshot_pass`."""
-    run = Run(queries, keys, scale, True, weights.dtype)
+    run = Run(queries, keys, scale, needs, weights.dtype)
     past = Past(
         run,
         past_queries,

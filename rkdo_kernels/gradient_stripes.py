@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .needs import BOTH, Needs, rooms
 from .primitives import LOG2E, leave_out, load_rows, on_diagonal, row_polynomials, touches
 
 
@@ -93,22 +94,23 @@ def moments_backward(
     weights: Tensor,
     exclude: list[int],
     at_positive: Tensor | None = None,
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:
     """A ∂L/∂S that one stripe holds is formed once, for both gradients."""
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     run = Stripes(queries, keys, scale, bound, weights.contiguous(), exclude, at_positive)
     n, m = queries.shape[0], keys.shape[0]
-    d_queries, d_keys = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
+    d_queries, d_keys = rooms(queries, keys, needs)
     rows = launch.stripe(n, m)
     cols = launch.stripe(m, n) if rows < n else m
     room = queries.new_empty(max(rows * m, n * cols))
-    for start in range(0, n, rows):
+    for start in range(0, n if needs[0] else 0, rows):
         stop = min(start + rows, n)
         g = run.stripe(room, start, stop, 0, m)
         torch.mm(g, keys, out=d_queries[start:stop])
-    for start in range(0, m, cols):
+    for start in range(0, m if needs[1] else 0, cols):
         stop = min(start + cols, m)
-        if rows < n:
+        if rows < n or not needs[0]:
             g = run.stripe(room, 0, n, start, stop)
         torch.mm(g.T, queries, out=d_keys[start:stop])
     return d_queries, d_keys

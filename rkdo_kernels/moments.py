@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, quadrature, single_launch
+from .needs import Needs
 from .primitives import LANES, LOG2E, column_groups, leave_out, load_rows, similarity_tile, walk
 from .recursion_rows import PASTS, _recursion_rows, recursion_rows
 
@@ -170,13 +171,17 @@ def recursion_moments(
     degree: int,
     exclude: list[int],
     detach_target: bool,
-    gradient: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [N], [N, degree + 1], [N], [0], [0]
-    """For a small batch the `gradient` instead of what it follows from; see tiled.py's."""
-    if gradient:
+    """For a small batch the gradient, if one is needed, instead of what it follows from; see
+    tiled.py's."""
+    if any(needs):
         loss, *gradients = single_launch.recursion_moments(
             queries, keys, scales, alpha, bound, degree, exclude, detach_target
         )
+        gradients = [
+            g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True)
+        ]
         nothing = loss.new_empty(0)
         return loss, nothing, nothing.clone(), *gradients
     settings = tuple(scales), alpha, bound, str(queries.device)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gradient_stripes, launch
+from .needs import BOTH, Needs, rooms
 from .primitives import (
     LOG2E,
     into,
@@ -347,18 +348,21 @@ def moments_backward(
     weights: Tensor,
     exclude: list[int],
     at_positive: Tensor | None = None,
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:
     if gradient_stripes.pays(queries):
         return gradient_stripes.moments_backward(
-            queries, keys, scale, bound, weights, exclude, at_positive
+            queries, keys, scale, bound, weights, exclude, at_positive, needs
         )
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     weights, dims = weights.contiguous(), launch.dims(queries)
     n, m, dim = queries.shape[0], keys.shape[0], queries.shape[1]
     degree, dense = weights.shape[1] - 1, queries.stride(0) == keys.stride(0) == dims["WIDTH"]
     paired = weights if at_positive is None else at_positive.contiguous()
-    results = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
-    for gradient, to_queries in zip(results, (True, False), strict=True):
+    results = rooms(queries, keys, needs)
+    for gradient, to_queries, need in zip(results, (True, False), needs, strict=True):
+        if not need:
+            continue
         config = launch.config("moments_dq" if to_queries else "moments_dk", queries)
         config = launch.limited(config, queries.dtype, dims["WIDTH"], degree, dense)
         own, other = (config.rows, config.cols) if to_queries else (config.cols, config.rows)

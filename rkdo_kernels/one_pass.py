@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import quadrature
+from .needs import Needs
 from .tiles import Gradients, sums
 
 ROWS, COLS = 256, 1024  # of a tile
@@ -34,12 +35,13 @@ def recursion_moments(
     degree: int,
     exclude: list[int],  # diagonals without weight; the first is the positives'
     detach_target: bool,
-    gradient: bool,
+    needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [N], [N, degree + 1], [N], [N, D], [M, D]
-    """The loss and, as `gradient` says, its coefficients and gradient at the positive, or that of
+    """The loss and, as `needs` says, its coefficients and gradient at the positive, or that of
     the rows' sum to queries and keys in float32 (float64 for float64 inputs).
     """
-    run = Run(queries, keys, gradient)
+    gradient = any(needs)
+    run = Run(queries, keys, needs)
     queries, keys = run.gradients.queries, run.gradients.keys
     rule = quadrature.rule(degree, tuple(scales), alpha, bound, str(queries.device))
     positives = keys.narrow(0, exclude[0], len(queries))
@@ -62,7 +64,7 @@ def recursion_moments(
         if gradient:
             w = (weights[rows] * powers).to(queries.dtype).T[:, :, None].contiguous().unbind()
             for tile in reversed(tiles):  # what was formed last is in the cache yet
-                tile.add_gradient(block, w, run.gradients.d_queries[rows])
+                tile.add_gradient(block, w, run.gradients.d_queries[rows], needs)
     nothing = loss.new_empty(0)
     if not gradient:
         return loss, weights, at_positive, queries.new_empty(0), queries.new_empty(0)
@@ -79,8 +81,8 @@ def powers_are_safe(logit: float, degree: int, m: int, dtype: torch.dtype) -> bo
 class Run:
     """Blocks of rows and what the tiles of all blocks share."""
 
-    def __init__(self, queries: Tensor, keys: Tensor, gradient: bool) -> None:
-        self.gradients = Gradients(queries, keys)
+    def __init__(self, queries: Tensor, keys: Tensor, needs: Needs) -> None:
+        self.gradients = Gradients(queries, keys, needs)
         queries, keys = self.gradients.queries, self.gradients.keys
         self.count, m = len(queries), len(keys)
         row_bytes = 2 * m * queries.element_size()
@@ -88,7 +90,7 @@ class Run:
         self.rows = min(max(self.rows, LEAST_ROWS), self.count)
         self.starts = range(0, m, COLS)
         tile = self.rows * min(COLS, m)
-        self.kept = queries.new_empty(len(self.starts) if gradient else 1, 2, tile)
+        self.kept = queries.new_empty(len(self.starts) if any(needs) else 1, 2, tile)
         self.work = queries.new_empty(tile)
 
     def blocks(self, degree: int) -> Iterator[tuple[slice, list[Columns]]]:
@@ -141,7 +143,9 @@ class Columns:
         for k, total in enumerate(self.powers[1:]):
             torch.sum(torch.mul(work if k else e, x, out=work), 1, out=total)
 
-    def add_gradient(self, queries: Tensor, w: Sequence[Tensor], d_queries: Tensor) -> None:
+    def add_gradient(
+        self, queries: Tensor, w: Sequence[Tensor], d_queries: Tensor, needs: Needs
+    ) -> None:
         """By G = e Σ_k w_k x^k."""
         g, x = self.work, self.x
         if len(w) == 1:
@@ -151,5 +155,7 @@ class Columns:
             for w_k in w[-3::-1]:
                 torch.addcmul(w_k, g, x, out=g)
             g.mul_(self.e)
-        d_queries.addmm_(g, self.keys)
-        self.d_keys.addmm_(self.work_t, queries)
+        if needs[0]:
+            d_queries.addmm_(g, self.keys)
+        if needs[1]:
+            self.d_keys.addmm_(self.work_t, queries)

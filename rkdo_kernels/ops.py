@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import chebyshev, tiled
-from .once import once
+from .needs import once_only, only, rooms
 from .ratios import log_ratios
 
 
@@ -62,6 +62,7 @@ def moments_backward(
     weights: Tensor,  # [N, degree + 1]
     exclude: Sequence[int],
     at_positive: Tensor | None,  # [N]
+    needs: Sequence[bool],  # the gradients to form; here and below another has no entries
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Through ∂L/∂S_ij = exp(c_0 S_ij) Σ_k weights_ik (S_ij / b)^k, but for the diagonals in
@@ -70,7 +71,7 @@ def moments_backward(
     if at_positive is not None:
         at_positive = at_positive.to(weights.dtype)
     return implementation(backend).moments_backward(
-        queries, keys, scale, bound, weights, list(exclude), at_positive
+        queries, keys, scale, bound, weights, list(exclude), at_positive, needs
     )
 
 
@@ -80,8 +81,8 @@ def _(queries, keys, scale, bound, degree, exclude, backend):
 
 
 @moments_backward.register_fake
-def _(queries, keys, scale, bound, weights, exclude, at_positive, backend):
-    return like_inputs(queries, keys)
+def _(queries, keys, scale, bound, weights, exclude, at_positive, needs, backend):
+    return rooms(queries, keys, needs)
 
 
 def _moments_setup(ctx, inputs, output):
@@ -97,10 +98,11 @@ def _moments_gradient(ctx, d_moments):
         k = torch.arange(1, ctx.degree + 1, dtype=weights.dtype, device=weights.device)
         slope = torch.nn.functional.pad(d_moments[:, 1:] * (k / ctx.bound), (0, 1))
         weights = weights + slope
-    d_queries, d_keys = moments_backward(
-        queries, keys, scale, ctx.bound, weights, ctx.exclude, None, ctx.backend
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = moments_backward(
+        queries, keys, scale, ctx.bound, weights, ctx.exclude, None, needs, ctx.backend
     )
-    return d_queries, d_keys, None, None, None, None, None
+    return *only(needs, gradients), None, None, None, None, None
 
 
 moments.register_autograd(_moments_gradient, setup_context=_moments_setup)
@@ -140,6 +142,7 @@ def both_sums_backward(
     col_weights: Tensor,  # [M], ∂L/∂cols
     exclude: Sequence[int],
     at_positive: Tensor | None,  # [N]
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Through ∂L/∂S_ij = c e_ij (row_weights_i + col_weights_j), but for the diagonals in
@@ -149,7 +152,7 @@ def both_sums_backward(
     if at_positive is not None:
         at_positive = at_positive.to(dtype)
     return implementation(backend).both_sums_backward(
-        queries, keys, scale, *weights, list(exclude), at_positive
+        queries, keys, scale, *weights, list(exclude), at_positive, needs
     )
 
 
@@ -161,8 +164,8 @@ def _(queries, keys, scale, exclude, paired, backend):
 
 
 @both_sums_backward.register_fake
-def _(queries, keys, scale, row_weights, col_weights, exclude, at_positive, backend):
-    return like_inputs(queries, keys)
+def _(queries, keys, scale, row_weights, col_weights, exclude, at_positive, needs, backend):
+    return rooms(queries, keys, needs)
 
 
 def _both_sums_setup(ctx, inputs, output):
@@ -172,11 +175,12 @@ def _both_sums_setup(ctx, inputs, output):
 
 def _both_sums_gradient(ctx, d_rows, d_cols, d_positive):
     queries, keys = ctx.saved_tensors
-    d_queries, d_keys = both_sums_backward(
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = both_sums_backward(
         queries, keys, ctx.scale, d_rows, d_cols, ctx.exclude, d_positive if ctx.paired else None,
-        ctx.backend,
+        needs, ctx.backend,
     )  # fmt: skip
-    return d_queries, d_keys, None, None, None, None
+    return *only(needs, gradients), None, None, None, None
 
 
 both_sums.register_autograd(_both_sums_gradient, setup_context=_both_sums_setup)
@@ -236,53 +240,49 @@ def recursion_moments(
     degree: int,
     exclude: Sequence[int],
     detach_target: bool,
-    gradient: bool,
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Σ_t KL(p_t ‖ q_t) by row, [N]; then what the gradient needs.
 
     Key i + exclude[0] is row i's positive, the other diagonals in `exclude` do not count. Returns
     loss, then the coefficients [N, degree + 1] and the gradient at the positive [N] that
-    `moments_backward` takes, or if `gradient` that of Σ_i loss_i to queries and keys instead; what
-    is not wanted is empty.
+    `moments_backward` takes, or if one is in `needs` the gradients of Σ_i loss_i instead; what is
+    not wanted is empty.
     """
     return implementation(backend).recursion_moments(
-        queries, keys, list(scales), alpha, bound, degree, list(exclude), detach_target, gradient
+        queries, keys, list(scales), alpha, bound, degree, list(exclude), detach_target, needs
     )
 
 
 @recursion_moments.register_fake
-def _(queries, keys, scales, alpha, bound, degree, exclude, detach_target, gradient, backend):
+def _(queries, keys, scales, alpha, bound, degree, exclude, detach_target, needs, backend):
     n, nothing = queries.shape[0], queries.new_empty(0, dtype=row_dtype(queries))
     loss = nothing.new_empty(n)
-    if gradient:
-        wide = product_dtype(queries)
-        d_queries = queries.new_empty(queries.shape, dtype=wide)
-        d_keys = keys.new_empty(keys.shape, dtype=wide)
-        return loss, nothing, nothing.clone(), d_queries, d_keys
-    weights = nothing.new_empty(n, degree + 1)
-    empty = queries.new_empty(0, dtype=product_dtype(queries))
-    return loss, weights, loss.clone(), empty, empty.clone()
+    gradients = rooms(queries, keys, needs, product_dtype(queries))
+    if any(needs):
+        return loss, nothing, nothing.clone(), *gradients
+    return loss, nothing.new_empty(n, degree + 1), loss.clone(), *gradients
 
 
 def _recursion_moments_setup(ctx, inputs, output):
-    queries, keys, scales, _, ctx.bound, _, ctx.exclude, _, ctx.gradient, ctx.backend = inputs
+    queries, keys, scales, _, ctx.bound, _, ctx.exclude, _, ctx.formed, ctx.backend = inputs
     ctx.weight = chebyshev.middle(scales)
     ctx.save_for_backward(queries, keys, *output[1:])
 
 
 def _recursion_moments_gradient(ctx, d_loss, *_):
     queries, keys, weights, at_positive, *gradients = ctx.saved_tensors
-    if ctx.gradient:  # asked for only where every row's loss weighs the same
-        results = [once(g * d_loss[0].to(g.dtype), queries, keys) for g in gradients]
-        d_queries, d_keys = (g.to(x.dtype) for g, x in zip(results, (queries, keys), strict=True))
-    else:
-        weight = torch.full((), ctx.weight, dtype=d_loss.dtype, device=d_loss.device)
-        d_queries, d_keys = moments_backward(
-            queries, keys, weight, ctx.bound, weights * d_loss[:, None], ctx.exclude,
-            at_positive * d_loss, ctx.backend,
-        )  # fmt: skip
-    return d_queries, d_keys, *[None] * 8
+    needs = list(ctx.needs_input_grad[:2])
+    if any(ctx.formed):  # asked for only where every row's loss weighs the same
+        results = [g * d_loss[0].to(g.dtype) for g in gradients]
+        return *once_only(needs, results, queries, keys), *[None] * 8
+    weight = torch.full((), ctx.weight, dtype=d_loss.dtype, device=d_loss.device)
+    results = moments_backward(
+        queries, keys, weight, ctx.bound, weights * d_loss[:, None], ctx.exclude,
+        at_positive * d_loss, needs, ctx.backend,
+    )  # fmt: skip
+    return *only(needs, results), *[None] * 8
 
 
 recursion_moments.register_autograd(
@@ -322,12 +322,13 @@ def softmax_sums_backward(
     peak: Tensor,  # [N]
     weights: Tensor,  # [N, T], ∂L/∂mass
     total_weight: Tensor,  # [N], ∂L/∂total
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Through ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i."""
     rows = (x.to(product_dtype(queries)) for x in (peak, weights, total_weight))
     return implementation(backend).softmax_sums_backward(
-        queries, keys, scales, student, list(exclude), *rows
+        queries, keys, scales, student, list(exclude), *rows, needs
     )
 
 
@@ -340,8 +341,8 @@ def _(queries, keys, scales, student, exclude, backend):
 
 
 @softmax_sums_backward.register_fake
-def _(queries, keys, scales, student, exclude, peak, weights, total_weight, backend):
-    return like_inputs(queries, keys)
+def _(queries, keys, scales, student, exclude, peak, weights, total_weight, needs, backend):
+    return rooms(queries, keys, needs)
 
 
 def _softmax_sums_setup(ctx, inputs, output):
@@ -351,10 +352,11 @@ def _softmax_sums_setup(ctx, inputs, output):
 
 def _softmax_sums_gradient(ctx, d_peak, d_mass, d_slope, d_total):
     queries, keys, scales, peak = ctx.saved_tensors
-    d_queries, d_keys = softmax_sums_backward(
-        queries, keys, scales, ctx.student, ctx.exclude, peak, d_mass, d_total, ctx.backend
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = softmax_sums_backward(
+        queries, keys, scales, ctx.student, ctx.exclude, peak, d_mass, d_total, needs, ctx.backend
     )
-    return d_queries, d_keys, None, None, None, None
+    return *only(needs, gradients), None, None, None, None
 
 
 softmax_sums.register_autograd(_softmax_sums_gradient, setup_context=_softmax_sums_setup)
@@ -431,11 +433,12 @@ def recursion_backward(
     pull: Tensor,  # [N, depth]
     at_positive: Tensor,  # [N]
     weights: Tensor,  # [N], ∂L/∂loss
+    needs: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows = (x.to(product_dtype(queries)) for x in (pull, weights, at_positive))
     return implementation(backend).recursion_backward(
-        queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass, *rows
+        queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass, *rows, needs
     )
 
 
@@ -448,8 +451,9 @@ def _(queries, keys, scales, alpha, positive_offset, detach_target, backend):
 
 
 @recursion_backward.register_fake
-def _(queries, keys, *args):
-    return like_inputs(queries, keys)
+def _(queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass, pull,
+      at_positive, weights, needs, backend):  # fmt: skip
+    return rooms(queries, keys, needs)
 
 
 def _recursion_setup(ctx, inputs, output):
@@ -459,18 +463,15 @@ def _recursion_setup(ctx, inputs, output):
 
 def _recursion_gradient(ctx, d_loss, *_):
     queries, keys, scales, *rows = ctx.saved_tensors
-    d_queries, d_keys = recursion_backward(
+    needs = list(ctx.needs_input_grad[:2])
+    gradients = recursion_backward(
         queries, keys, scales, ctx.alpha, ctx.positive_offset, ctx.detach_target, *rows, d_loss,
-        ctx.backend,
+        needs, ctx.backend,
     )  # fmt: skip
-    return d_queries, d_keys, None, None, None, None, None
+    return *only(needs, gradients), None, None, None, None, None
 
 
 recursion.register_autograd(_recursion_gradient, setup_context=_recursion_setup)
-
-
-def like_inputs(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    return queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
 
 for operator in (moments, both_sums, self_sums, recursion_moments, softmax_sums, recursion):

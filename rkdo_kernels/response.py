@@ -13,6 +13,7 @@ from .batch import Batch, Exchange, Given, Index, held, index_of, make_batch, ra
 from .constants import plain
 from .initial import Initial
 from .losses import REDUCTIONS, Backend, Reduction
+from .needs import NEITHER, needed
 from .ops import product_dtype, row_dtype
 
 
@@ -153,7 +154,7 @@ class ResponseField:
         alpha_tensor = self._alpha(alpha)
         with torch.no_grad():
             batch = self._batch(queries, keys, index, temperature, backend)
-            self._state.evaluate(batch, alpha_tensor, False)
+            self._state.evaluate(batch, alpha_tensor, NEITHER)
 
     def step(
         self,
@@ -300,22 +301,22 @@ class ResponseField:
     def _evaluate(self, batch: Batch, alpha: Tensor | None, reduction: str) -> Tensor:
         queries, keys = batch.queries, batch.keys
         dtype = product_dtype(keys)
-        wanted = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
+        needs = needed(queries, keys)
         if reduction == "none":
-            if wanted:
+            if any(needs):
                 rows = self._state.losses(batch, alpha)
             else:
-                rows, *_ = self._state.evaluate(batch, alpha, False)
+                rows, *_ = self._state.evaluate(batch, alpha, NEITHER)
             if batch.ranks > 1:
                 rows = Exchange.apply(rows, batch.own, keys.shape[0], self._group)
             return rows.to(dtype)
-        rows, d_queries, d_keys = self._state.evaluate(batch, alpha, wanted)
+        rows, d_queries, d_keys = self._state.evaluate(batch, alpha, needs)
         total = rows.sum()
         if batch.ranks > 1:
             dist.all_reduce(total, group=self._group)
         share = 1 / keys.shape[0] if reduction == "mean" else 1
         total = total * share
-        if wanted:
+        if any(needs):
             total = Given.apply(queries, keys, total, d_queries, d_keys, share * batch.ranks)
         return total.to(dtype)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import launch, one_pass, ops, small
+from .needs import needed
 from .once import once
 from .problem import Problem
 
@@ -30,13 +31,12 @@ def rkdo_from_moments(
         at_once = one_pass.fits(m, ops.product_dtype(keys).itemsize)
     else:
         at_once = launch.is_single(n, m)
-    wanted = torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)
-    gradient = at_once and wanted and reduction != "none"
-    if gradient and problem.backend == "triton":
+    needs = needed(queries, keys) if at_once and reduction != "none" else [False, False]
+    if any(needs) and problem.backend == "triton":
         problem.held = True  # by the kernel
     loss, *_ = ops.recursion_moments(
         queries, keys, scales, alpha, bound, degree, [problem.offset, *exclude], detach_target,
-        gradient, problem.backend,
+        needs, problem.backend,
     )  # fmt: skip
     return loss
 

@@ -82,10 +82,12 @@ class Recursion(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> Any:  # type: ignore[override]
         queries, keys, g = ctx.saved_tensors
         g = g * d_loss[:, None].to(g.dtype)
+        d_queries = d_keys = None
         with torch.autocast("cpu", enabled=False):
-            d_queries, d_keys = g @ keys.to(g.dtype), g.T @ queries.to(g.dtype)
-        d_queries = once(d_queries.to(queries.dtype), queries, keys)
-        d_keys = once(d_keys.to(keys.dtype), queries, keys)
+            if ctx.needs_input_grad[0]:
+                d_queries = once((g @ keys.to(g.dtype)).to(queries.dtype), queries, keys)
+            if ctx.needs_input_grad[1]:
+                d_keys = once((g.T @ queries.to(g.dtype)).to(keys.dtype), queries, keys)
         return d_queries, d_keys, *[None] * ctx.settings
 
 

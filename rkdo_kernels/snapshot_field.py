@@ -11,7 +11,7 @@ from torch import Tensor
 from . import field_ops
 from .batch import Batch
 from .initial import Initial
-from .once import once
+from .needs import NEITHER, Needs, once_only
 from .problem import without_autocast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -60,11 +60,11 @@ class SnapshotField:
             self.initial.tensors[name] = self.tensors[f"initial.{name}"]
 
     def evaluate(
-        self, batch: Batch, alpha: Tensor | None, gradient: bool
+        self, batch: Batch, alpha: Tensor | None, needs: Needs
     ) -> tuple[Tensor, Tensor, Tensor]:  # [R], [R, D], [B, D]
-        """The rows' losses and, as `gradient` says, that of their sum; with alpha, an update."""
+        """The rows' losses and, as `needs` says, those of their sum; with alpha, an update."""
         result = field_ops.snapshot_loss(
-            *batch.detached, *self.past(batch), batch.scale, gradient, batch.backend
+            *batch.detached, *self.past(batch), batch.scale, needs, batch.backend
         )
         if alpha is not None:
             self.write(batch, alpha)
@@ -74,7 +74,7 @@ class SnapshotField:
         """For autograd, whatever the rows' weights."""
         past = self.past(batch)
         loss, _, _ = field_ops.snapshot_loss(
-            *batch.detached, *past, batch.scale, False, batch.backend
+            *batch.detached, *past, batch.scale, NEITHER, batch.backend
         )
         if alpha is not None:
             self.write(batch, alpha)
@@ -172,8 +172,8 @@ class Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> Any:  # type: ignore[override]
         queries, keys, *saved = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:2])
         gradients = field_ops.snapshot_gradient(
-            queries.detach(), keys.detach(), *saved, d_loss.detach(), ctx.backend
+            queries.detach(), keys.detach(), *saved, d_loss.detach(), needs, ctx.backend
         )
-        d_queries, d_keys = (once(g, queries, keys, d_loss) for g in gradients)
-        return d_queries.to(queries.dtype), d_keys.to(keys.dtype), *[None] * (len(saved) + 2)
+        return *once_only(needs, gradients, queries, keys, d_loss), *[None] * (len(saved) + 2)

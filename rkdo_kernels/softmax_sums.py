@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import launch
 from .gradient_loop import gradient_loop
+from .needs import BOTH, Needs, rooms
 from .primitives import (
     LANES,
     LOG2E,
@@ -285,11 +286,14 @@ def softmax_sums_backward(
     peak: Tensor,
     weights: Tensor,
     total_weight: Tensor,
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     rows = peak.contiguous(), weights.contiguous(), total_weight.contiguous()
-    results = queries.new_empty(queries.shape), keys.new_empty(keys.shape)
-    for gradient, to_queries in zip(results, (True, False), strict=True):
+    results = rooms(queries, keys, needs)
+    for gradient, to_queries, need in zip(results, (True, False), needs, strict=True):
+        if not need:
+            continue
         config = launch.config(f"{table_name(student)}_{'dq' if to_queries else 'dk'}", queries)
         dims = launch.dims(queries, config.width)
         block = config.rows if to_queries else config.cols

@@ -19,6 +19,7 @@ from .moments_gradient import (
     other_tiles,
     store_part,
 )
+from .needs import BOTH, Needs
 from .primitives import LOG2E, block_values, into, leave_out, load_rows, similarity_tile, walk
 
 PARTS = 64  # of the column sums, float32 [PARTS, M], whatever N is: more rows, more launches
@@ -313,12 +314,19 @@ def both_sums_backward(
     col_weights: Tensor,
     exclude: list[int],
     at_positive: Tensor | None,
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     mirrored = [-diagonal for diagonal in exclude]
-    return (
-        gradient(queries, keys, scale, row_weights, col_weights, exclude, at_positive, False),
-        gradient(keys, queries, scale, col_weights, row_weights, mirrored, at_positive, True),
-    )
+    d_queries, d_keys = queries.new_empty(0), keys.new_empty(0)
+    if needs[0]:
+        d_queries = gradient(
+            queries, keys, scale, row_weights, col_weights, exclude, at_positive, False
+        )
+    if needs[1]:
+        d_keys = gradient(
+            keys, queries, scale, col_weights, row_weights, mirrored, at_positive, True
+        )
+    return d_queries, d_keys
 
 
 def self_sums(images: Tensor, scale: float) -> Tensor:  # [N, D] -> [N]

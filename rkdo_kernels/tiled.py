@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .needs import BOTH, Needs
 from .one_pass import recursion_moments as recursion_moments
 from .tiles import Gradients, Tile, compute, sums, tiles
 
@@ -43,9 +44,10 @@ def moments_backward(
     weights: Tensor,  # [N, degree + 1]
     exclude: list[int],
     at_positive: Tensor | None = None,  # [N], ∂L/∂S on the diagonal exclude[0], else 0
+    needs: Needs = BOTH,  # a gradient that is not needed has no entries
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     """The gradients through S of  ∂L/∂S_ij = exp(c_0 S_ij) Σ_k weights_ik (S_ij / b)^k."""
-    gradients = Gradients(queries, keys)
+    gradients = Gradients(queries, keys, needs)
     for tile in tiles(gradients.queries, gradients.keys, buffers=3):
         u, e, g = tile.similarity(1 / bound), *tile.buffers[1:]
         torch.mul(u, scale * bound, out=e).exp_()  # rounded as in the forward pass: errors cancel
@@ -90,9 +92,10 @@ def both_sums_backward(
     col_weights: Tensor,  # [M]
     exclude: list[int],
     at_positive: Tensor | None,  # [N], ∂L/∂S on the diagonal exclude[0], else 0
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     """The gradients through S of  ∂L/∂S_ij = exp(c S_ij) (row_weights_i + col_weights_j)."""
-    gradients = Gradients(queries, keys)
+    gradients = Gradients(queries, keys, needs)
     for tile in tiles(gradients.queries, gradients.keys, buffers=2):
         gradients.add(tile, pair_weights(tile, scale, row_weights, col_weights, exclude))
     if at_positive is not None:
@@ -185,9 +188,10 @@ def softmax_sums_backward(
     peak: Tensor,  # [N]
     weights: Tensor,  # [N, T], ∂L/∂mass
     total_weight: Tensor,  # [N], ∂L/∂total
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     """Through  ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i."""
-    gradients = Gradients(queries, keys)
+    gradients = Gradients(queries, keys, needs)
     scales = scales.to(gradients.queries.dtype)
     row_sum = gradients.queries.new_zeros(len(queries), 1)
     col_sum = gradients.keys.new_zeros(len(keys), 1)
@@ -206,11 +210,14 @@ def softmax_sums_backward(
         tile.fill(g, exclude, 0)
         if student:  # through v = 1 + ‖zq‖² + ‖zk‖² − 2 S and x = −log v
             g.div_(distance).mul_(2)
-            row_sum[rows] += g.sum(1, keepdim=True)
-            col_sum[tile.cols] += g.sum(0)[:, None]
+            if gradients.to_queries:
+                row_sum[rows] += g.sum(1, keepdim=True)
+            if gradients.to_keys:
+                col_sum[tile.cols] += g.sum(0)[:, None]
         gradients.add(tile, g)
-    if student:
+    if student and gradients.to_queries:
         gradients.d_queries.addcmul_(gradients.queries, row_sum, value=-1)
+    if student and gradients.to_keys:
         gradients.d_keys.addcmul_(gradients.keys, col_sum, value=-1)
     return gradients.result()
 
@@ -253,8 +260,9 @@ def recursion_backward(
     pull: Tensor,  # [N, depth], over the whole row
     weights: Tensor,  # [N], ∂L/∂loss
     at_positive: Tensor,  # [N], ∂loss_i/∂S_ij at the positive
+    needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
-    gradients = Gradients(queries, keys)
+    gradients = Gradients(queries, keys, needs)
     depth = len(scales) - 1
     for tile in tiles(gradients.queries, gradients.keys, buffers=Recursion.buffers(depth)):
         state = Recursion(tile, scales, alpha, positive_offset, peak, log_mass)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .needs import BOTH, Needs
+
 TILE_BYTES = 2 << 20  # of a tile's buffers together: they stay in the cores' caches
 TILE_COLS = 1 << 13
 TILE_ROWS = 128  # up to which one tile may hold all of S
@@ -50,23 +52,27 @@ def tiles(queries: Tensor, keys: Tensor, buffers: int, upper: bool = False) -> I
 
 
 class Gradients:
-    """∂L/∂queries and ∂L/∂keys, added up from tiles of ∂L/∂S."""
+    """∂L/∂queries and ∂L/∂keys, added up from tiles of ∂L/∂S; of no entries if not needed."""
 
-    def __init__(self, queries: Tensor, keys: Tensor) -> None:
-        self.dtype = queries.dtype
+    def __init__(self, queries: Tensor, keys: Tensor, needs: Needs = BOTH) -> None:
+        self.dtype, (self.to_queries, self.to_keys) = queries.dtype, needs
         self.queries, self.keys = compute(queries), compute(keys)
-        self.d_queries = torch.zeros_like(self.queries, memory_format=torch.contiguous_format)
-        self.d_keys = torch.zeros_like(self.keys, memory_format=torch.contiguous_format)
+        self.d_queries = self.queries.new_zeros(queries.shape if self.to_queries else 0)
+        self.d_keys = self.keys.new_zeros(keys.shape if self.to_keys else 0)
 
     def add(self, tile: Tile, g: Tensor) -> None:
-        self.d_queries[tile.rows].addmm_(g, tile.keys)
-        self.d_keys[tile.cols].addmm_(g.T, tile.queries)
+        if self.to_queries:
+            self.d_queries[tile.rows].addmm_(g, tile.keys)
+        if self.to_keys:
+            self.d_keys[tile.cols].addmm_(g.T, tile.queries)
 
     def add_pairs(self, g: Tensor, offset: int) -> None:
         """g_i = ∂L/∂S_ij at j = i + offset."""
         g = g[:, None].to(self.queries.dtype)
-        self.d_queries.addcmul_(g, self.keys.narrow(0, offset, len(g)))
-        self.d_keys.narrow(0, offset, len(g)).addcmul_(g, self.queries)
+        if self.to_queries:
+            self.d_queries.addcmul_(g, self.keys.narrow(0, offset, len(g)))
+        if self.to_keys:
+            self.d_keys.narrow(0, offset, len(g)).addcmul_(g, self.queries)
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.d_queries.to(self.dtype), self.d_keys.to(self.dtype)

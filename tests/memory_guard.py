@@ -11,6 +11,7 @@ import sys
 import torch
 
 from rkdo_kernels import field, kernels, launch, quadrature, recursion, softmax_sums
+from rkdo_kernels.needs import BOTH
 
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -100,8 +101,8 @@ def calls(n, m, d, dtype):
             yield "moments_backward in stripes", gradient
         if exclude:
             settings = (scales.tolist(), 0.5, 1.5, 2, exclude)
-            yield "recursion_moments in one", (*x, *settings, False, True)
-            yield "recursion_moments in one", (*x, *settings, True, True)
+            yield "recursion_moments in one", (*x, *settings, False, BOTH)
+            yield "recursion_moments in one", (*x, *settings, True, BOTH)
         yield "both_sums", (*x, 2.0, exclude)
         yield "both_sums in parts", (*x, 2.0, exclude)
         sums = (*x, 2.0, rows(n), rows(m), exclude, rows(n) if exclude else None)
@@ -134,7 +135,7 @@ def field_calls(x, generator):
         for start, index in ((2, (None, None, None)), (0, [torch.arange(n), torch.arange(m)])):
             state = (rows(n + 2, m + 2) / m).to(stored), rows(n + 2), torch.ones(n + 2).double()
             index = (*index, index[0])[:3]
-            given = (*index, start, scale, torch.tensor(0.3), torch.tensor([1, 2]), True)
+            given = (*index, start, scale, torch.tensor(0.3), torch.tensor([1, 2]), BOTH)
             yield "dense_pass", (*x, *state, *given)
             yield "dense_gradient", (*x, *state[:2], *index, start, scale, rows(n))
         past = (rows(2, n, x[0].shape[1]).to(stored), rows(2, m, x[0].shape[1]).to(stored))
@@ -142,7 +143,7 @@ def field_calls(x, generator):
         columns = (rows(n, 1), torch.arange(n)[:, None], None, None)
         labels = (rows(n, 1), None, torch.arange(n), torch.arange(m))
         for prior in (columns, labels):
-            yield "snapshot_pass", (*x, *past, *tables, *prior, scale, True)
+            yield "snapshot_pass", (*x, *past, *tables, *prior, scale, BOTH)
             yield "snapshot_gradient", (*x, *past, *tables, *prior, scale, rows(n))
 
 

@@ -49,6 +49,7 @@ FILES = {  # the tests that a file's mutants have to pass, quickest first
     "gradient_stripes": ["tests/test_gradient_stripes.py", "tests/test_bounds.py"],
     "field_tiles": ["tests/test_field_ops.py", "tests/test_response.py"],
     "field_blocks": ["tests/test_field_ops.py", "tests/test_response.py"],
+    "needs": ["tests/test_needs.py"],
     "rounding": ["tests/test_field_kernels.py", "tests/test_response.py"],
     "symmetric": ["tests/test_symmetric.py", "tests/test_bounds.py"],
     "softmax_sums": [*KERNELS[1:2], *KERNELS[4:]],

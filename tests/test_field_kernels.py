@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 pytest.importorskip("triton")
 from rkdo_kernels import field, field_tiles, reference
+from rkdo_kernels.needs import BOTH, NEITHER
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 ROOT = Path(__file__).parent.parent
@@ -73,14 +74,14 @@ class Problem:
         p.scatter_(1, own[:, None], self.diagonal[rows, None].double())
         return p
 
-    def run(self, module, scale=2.0, alpha=0.3, gradient=True):
+    def run(self, module, scale=2.0, alpha=0.3, needs=BOTH):
         """The pass's results, and the field after it."""
         state = [x.clone() for x in (self.matrix, self.diagonal, self.row_sum)]
         scale = torch.tensor(scale, device=DEVICE)
         alpha = None if alpha is None else torch.tensor(alpha, device=DEVICE)
         found = module.dense_pass(
             self.queries, self.keys, *state, self.rows, self.cols, self.own, self.start, scale,
-            alpha, self.clock, gradient,
+            alpha, self.clock, needs,
         )  # fmt: skip
         return dict(zip(NAMES, (*found, *state), strict=True))
 
@@ -156,14 +157,14 @@ def test_dense_is_what_whole_matrices_and_the_tiles_have(
 def test_loss_alone_leaves_the_field(layout):
     problem = Problem(33, 16, torch.float32, torch.bfloat16, layout)
     both = problem.run(field)
-    for gradient in (False, True):
-        found = problem.run(field, alpha=None, gradient=gradient)
+    for needs in (NEITHER, BOTH):
+        found = problem.run(field, alpha=None, needs=needs)
         assert torch.equal(found["loss"], both["loss"])
         assert torch.equal(found["matrix"], problem.matrix)
         assert torch.equal(found["diagonal"], problem.diagonal)
         assert torch.equal(found["row_sum"], problem.row_sum)
         for name in ("d_queries", "d_keys"):
-            same = both[name] if gradient else both[name].new_empty(0)
+            same = both[name] if any(needs) else both[name].new_empty(0)
             assert torch.equal(found[name], same)
 
 
@@ -288,14 +289,14 @@ def test_snapshots(height, count, d, dtype, stored, prior, history, tiles):
         x = operands if dtype is None else tuple(x.to(dtype) for x in operands)
         w = (weights, scales) if dtype is None else (weights.to(dtype), scales.to(dtype))
         return (
-            *module.snapshot_pass(*x, *w, *tables, True),
+            *module.snapshot_pass(*x, *w, *tables, BOTH),
             *module.snapshot_gradient(*x, *w, *tables, upstream),
         )
 
     found = run(field)
     for x, y, z in zip(found, run(field_tiles), run(field_tiles, torch.float64), strict=True):
         hold(x, y, z, "snapshots")
-    alone = field.snapshot_pass(*operands, weights, scales, *tables, False)
+    alone = field.snapshot_pass(*operands, weights, scales, *tables, NEITHER)
     assert torch.equal(alone[0], found[0])
     assert alone[1].numel() == alone[2].numel() == 0
     if height > 3:

@@ -5,6 +5,7 @@ import torch
 from accuracy import DEVICE, DTYPES, assert_as_accurate, sample_views
 
 from rkdo_kernels import chebyshev, launch, ops, quadrature, reference, rkdo_loss, small
+from rkdo_kernels.needs import NEITHER
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -63,7 +64,7 @@ def test_the_kernels_rows_are_quadratures(depth, detach_target, alpha, in_parts)
     queries, keys = sample_views(37, 24, m=50, aligned=True).values()
     scales = [1 / (0.4 * (1 - 0.3 * t / depth)) for t in range(depth + 1)]
     degree = chebyshev.rkdo_degree(alpha, tuple(scales), 1.0)
-    settings = (scales, alpha, 1.0, degree, [7], detach_target, False, "triton")
+    settings = (scales, alpha, 1.0, degree, [7], detach_target, NEITHER, "triton")
     found = ops.recursion_moments(queries, keys, *settings)[:3]
     weight = torch.tensor(chebyshev.middle(scales), dtype=torch.float64, device=DEVICE)
     moments = ops.moments(queries, keys, weight, 1.0, degree, [7], "triton")

@@ -17,6 +17,7 @@ from rkdo_kernels import (
     rows,
     single_launch,
 )
+from rkdo_kernels.needs import BOTH
 from rkdo_kernels.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -177,7 +178,7 @@ def test_one_operand_may_be_a_constant_and_rows_lie_apart():
 def gradients(queries, keys, bound=1.0):
     """Loss by row, ∂Σ loss/∂queries and ∂Σ loss/∂keys."""
     loss, nothing, none, d_queries, d_keys = kernels.recursion_moments(
-        queries, keys, [2.0, 2.1, 2.2], 0.5, bound, 4, [len(keys) - len(queries)], False, True
+        queries, keys, [2.0, 2.1, 2.2], 0.5, bound, 4, [len(keys) - len(queries)], False, BOTH
     )
     assert nothing.numel() == none.numel() == 0
     assert (loss.dtype, d_queries.dtype, d_keys.dtype) == (torch.float64, *2 * [torch.float32])
