@@ -21,8 +21,8 @@ import triton
 from triton.compiler import ASTSource, CompiledKernel
 
 from rkdo_kernels import (
-    field,
     field_gradient,
+    field_walk,
     gradient_stripes,
     launch,
     moments,
@@ -125,7 +125,7 @@ def cases() -> list[Case]:
 
 def field_cases() -> list[Case]:
     """`step` is loss, gradient to the queries and update; `dq` and `dk` are one gradient alone."""
-    walk, keys = field._dense_walk, field_gradient._dense_keys
+    walk, keys = field_walk._dense_walk, field_gradient._dense_keys
     doubles = ("row_sum", "mass", "loss")
     result = []
     for stored, gathered in product(("bf16", "fp32"), (False, True)):
@@ -219,7 +219,8 @@ def build(
     config = config or table_entry(case.table, like, target)
     names = case.function.arg_names
     amd = TARGETS[target].amd
-    constants = {**launch.dims_for(like, not amd, config.width), **case.constants}
+    dims = launch.dims_for(like, not amd, config.width)
+    constants = {"SPLIT": False, **dims, **case.constants}
     constants |= {"ROWS": config.rows, "COLS": config.cols}
     if "STEPS" in names:
         constants["STEPS"] = config.steps

@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .field_rows import INVERSE, PEAK, WEIGHT, entries, own_columns, row_positions
+from .field_rows import INVERSE, PEAK, WEIGHT, entries, own_columns, own_share, row_positions
 from .moments_gradient import load_transposed
-from .primitives import LOG2E, block_values, into, load_rows, similarity_tile, store_rows
+from .parts import store_part
+from .primitives import LOG2E, block_values, into, load_rows, similarity_tile
 
 
 @triton.jit
@@ -21,16 +22,18 @@ def _dense_keys(
     own_ptr,  # [R]            in, int64
     table_ptr,  # [VALUES, R]  in
     scale_ptr,  # []           in, c
-    gradient_ptr,  # [B, D]    out
+    gradient_ptr,  # [B, D]    out; a part a split, where they are split
     queries_stride,
     keys_stride,
     matrix_stride,
     n,
     m,
     dim,
+    span,  # rows that a split walks over
     BY_ROW: tl.constexpr,
     BY_COL: tl.constexpr,
     BY_OWN: tl.constexpr,
+    SPLIT: tl.constexpr,
     DENSE: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -41,7 +44,7 @@ def _dense_keys(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per block of keys and stripe:  ∂L/∂keys_j = Σ_i WEIGHT_i (e − p)_ij zq_i."""
+    """∂L/∂keys_j = Σ_i WEIGHT_i (e − p)_ij zq_i:  a program per block of keys, stripe and split."""
     if DENSE:
         queries_stride = WIDTH
         keys_stride = WIDTH
@@ -55,7 +58,8 @@ def _dense_keys(
     if not BY_OWN:
         first = tl.minimum(first_j // ROWS, whole)
         last = tl.minimum((first_j + COLS + ROWS - 1) // ROWS, whole)
-    for turn in range(0, whole - (last - first)):
+    begin, end, first, last, cut = own_share(whole, first, last, n, span, ROWS, SPLIT)
+    for turn in range(begin, end - (last - first)):
         at = (turn + tl.where(turn >= first, last - first, 0)) * ROWS
         acc = add_keys(
             acc, k, scale, queries_ptr, queries_stride, at, n, keys_ptr, keys_stride, first_j, m,
@@ -63,8 +67,7 @@ def _dense_keys(
             table_ptr, BY_ROW, BY_COL, BY_OWN, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
             GRADIENT_PRECISION, UPCAST, False,
         )  # fmt: skip
-    left = last - first + tl.where(whole * ROWS < n, 1, 0)
-    for turn in tl.range(0, left, num_stages=1, disable_licm=True):
+    for turn in tl.range(0, last - first + cut, num_stages=1, disable_licm=True):
         at = tl.where(turn < last - first, first + turn, whole) * ROWS
         acc = add_keys(
             acc, k, scale, queries_ptr, queries_stride, at, n, keys_ptr, keys_stride, first_j, m,
@@ -72,7 +75,7 @@ def _dense_keys(
             table_ptr, BY_ROW, BY_COL, BY_OWN, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
             GRADIENT_PRECISION, UPCAST, True,
         )  # fmt: skip
-    store_rows(gradient_ptr, first_j + tl.arange(0, COLS), m, stripe, dim, acc, WIDTH)
+    store_part(gradient_ptr, first_j + tl.arange(0, COLS), m, stripe, dim, acc, WIDTH, SPLIT)
 
 
 @triton.jit

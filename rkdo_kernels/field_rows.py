@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import LANES, fold
+from .primitives import LANES, fold, walk
 
 TINY32 = tl.constexpr(2.0**-126)
 # Of every row, float32: q = f exp(c (S − PEAK)), p̂ = f INVERSE P, next P = KEEP P + GAIN q / f, and
@@ -19,24 +19,30 @@ def _row_masses(
     matrix_ptr,  # [n, m]      in, from the batch's first row and column where no index is given
     rows_ptr,  # [R]           in, int64
     cols_ptr,  # [B]           in, int64
-    masses_ptr,  # [R]         out
+    masses_ptr,  # [splits, R] out
     matrix_stride,
     n_rows,
     n_cols,
+    span,  # columns that a split walks over
     BY_ROW: tl.constexpr,  # rows are given by index
     BY_COL: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per block of rows:  Σ_j P_ij, without the diagonal, which the matrix has as 0."""
+    """One program per block of rows and split:  Σ_j P_ij, without the diagonal, which the matrix
+    has as 0."""
     first_i = tl.program_id(0) * ROWS
     row = row_positions(rows_ptr, first_i, n_rows, BY_ROW, ROWS)
     total = tl.zeros([ROWS, LANES], tl.float32)
-    for first_j in range(0, n_cols, COLS):
+    start, _, stop = walk(span, n_cols, SPLIT, COLS)
+    for first_j in range(start, stop, COLS):
         at = entries(matrix_ptr, matrix_stride, row, cols_ptr, first_j, n_cols, BY_COL, COLS)
         there = (first_j + tl.arange(0, COLS) < n_cols)[None, :]
         total += fold(tl.load(at, mask=there, other=0.0).to(tl.float32), ROWS, COLS)
     i = first_i + tl.arange(0, ROWS)
+    if SPLIT:
+        masses_ptr += tl.program_id(2) * tl.cast(n_rows, tl.int64)
     tl.store(masses_ptr + i, tl.sum(total, 1), mask=i < n_rows)
 
 
@@ -45,7 +51,7 @@ def _dense_rows(
     peak_ptr,  # [R]           in, max_j S_ij
     sum_ptr,  # [R]            in, Σ_j exp(c (S_ij − peak_i))
     total_ptr,  # [R]          in, Σ_j S_ij
-    masses_ptr,  # [R]         in, unless WHOLE
+    masses_ptr,  # [splits, R] in, unless WHOLE
     diagonal_ptr,  # [n]       in, from the batch's first row where no index is given; and so is
     row_sum_ptr,  # [n]        in, fp64
     weights_ptr,  # [R]        in, ∂L/∂loss, for WEIGHTED
@@ -61,6 +67,7 @@ def _dense_rows(
     n_rows,
     n_cols,
     start,
+    splits,
     WHOLE: tl.constexpr,  # the batch is all of the field, and row_sum the mass
     WEIGHTED: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -82,8 +89,10 @@ def _dense_rows(
     if WHOLE:
         mass = tl.load(row_sum_ptr + row, mask=there, other=1.0)
     else:
-        mass = tl.load(masses_ptr + i, mask=there, other=1.0).to(tl.float64)
-        mass += tl.load(diagonal_ptr + row, mask=there, other=0.0).to(tl.float64)
+        mass = tl.load(diagonal_ptr + row, mask=there, other=1.0).to(tl.float64)
+        for s in range(splits):
+            at = masses_ptr + s * tl.cast(n_rows, tl.int64) + i
+            mass += tl.load(at, mask=there, other=0.0).to(tl.float64)
     mass = tl.where(mass >= TINY32, mass, 0.0)
     inverse = tl.where(mass > 0, 1 / tl.where(mass > 0, mass, 1.0), 0.0)
     weight = scale.to(tl.float64) * f * tl.where(mass > 0, 1.0, 0.0)
@@ -155,6 +164,22 @@ def touched(own, m, ROWS: tl.constexpr, COLS: tl.constexpr):
     lowest = tl.min(tl.where(own < 0, m, own))
     first = tl.minimum(lowest // COLS, whole)
     return whole, first, tl.maximum(first, tl.minimum(tl.max(own) // COLS + 1, whole))
+
+
+@triton.jit
+def own_share(whole, first, last, count, span, STEP: tl.constexpr, SPLIT: tl.constexpr):
+    """Of `whole` tiles of STEP, of which first .. last are touched, those that this split walks
+    over: its first, the end of them, the touched ones' first and end, and how many are cut off."""
+    begin, end = 0, whole
+    cut = tl.where(whole * STEP < count, 1, 0)
+    if SPLIT:
+        begin = tl.minimum(tl.program_id(2) * (span // STEP), whole)
+        stop = (tl.program_id(2) + 1) * (span // STEP)
+        end = tl.minimum(stop, whole)
+        cut = tl.where((tl.program_id(2) * span <= whole * STEP) & (whole < stop), cut, 0)
+        first = tl.minimum(tl.maximum(first, begin), end)
+        last = tl.minimum(tl.maximum(last, first), end)
+    return begin, end, first, last, cut
 
 
 @triton.jit

@@ -3,25 +3,28 @@
 import triton
 import triton.language as tl
 
-from .primitives import LANES, fold, into, load_rows, similarity_tile, store_rows
+from .parts import store_part
+from .primitives import LANES, fold, into, load_rows, similarity_tile, walk
 
 
 @triton.jit
 def gradient_loop(
     queries_ptr,  # [N, D]          in
     keys_ptr,  # [M, D]             in
-    gradient_ptr,  # [N or M, D]    out
+    gradient_ptr,  # [N or M, D]    out; a part a split, fp32, where they are split
     queries_stride,
     keys_stride,
     n,
     m,
     dim,
+    span,  # rows of the other operand that a split walks over
     tables,  # a tuple: whatever the three functions read
     ROW_VALUES: tl.constexpr,  # (tables, first_i, n, ROWS, AXIS, MASKED): what rows i need
     KEY_VALUES: tl.constexpr,  # (tables, first_j, m, COLS, AXIS, MASKED): what keys j need
     TILE: tl.constexpr,  # (s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST): G
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     BETWEEN: tl.constexpr,  # S enters by differences zq − zk
+    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
@@ -31,7 +34,7 @@ def gradient_loop(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per block of queries or of keys and stripe of WIDTH: G keys or Gᵀ queries.
+    """One program per block of queries or of keys, stripe of WIDTH and split: G keys or Gᵀ queries.
 
     If BETWEEN, Σ_j G_ij (zk_j − zq_i) or Σ_i G_ij (zq_i − zk_j). A tile is [OWN, OTHER]: to the
     keys it is one of Sᵀ, what rows need lies along its columns, and its diagonals have the
@@ -52,14 +55,14 @@ def gradient_loop(
     own = load_rows(own_ptr, own_stride, first, n_own, 0, dim, OWN, WIDTH, FULL, True, UPCAST)
     acc = tl.zeros([OWN, WIDTH], tl.float32)
     sums = tl.zeros([OWN, LANES], tl.float32)  # of G, in parts
-    whole = n_other // OTHER * OTHER
-    for start in range(0, whole, OTHER):
+    begin, whole, stop = walk(span, n_other, SPLIT, OTHER)
+    for start in range(begin, whole, OTHER):
         acc, sums = add_gradient(
             acc, sums, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
             start, n_other, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
             WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN, OTHER, False,
         )  # fmt: skip
-    if whole < n_other:
+    if whole < stop:
         acc, sums = add_gradient(
             acc, sums, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
             whole, n_other, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
@@ -71,7 +74,8 @@ def gradient_loop(
                 own_ptr, own_stride, first, n_own, stripe, dim, OWN, WIDTH, FULL, True, UPCAST
             )
         acc -= own.to(tl.float32) * tl.sum(sums, 1)[:, None]
-    store_rows(gradient_ptr, first + tl.arange(0, OWN), n_own, stripe, dim, acc, WIDTH)
+    own_rows = first + tl.arange(0, OWN)
+    store_part(gradient_ptr, own_rows, n_own, stripe, dim, acc, WIDTH, SPLIT)
 
 
 @triton.jit

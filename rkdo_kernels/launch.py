@@ -91,6 +91,7 @@ def triton_status() -> str:
 
 WIDTHS = {4: 64, 2: 128}  # columns of an operand held at once, by bytes an element
 SINGLE = 128  # rows, and keys, up to which one program does all
+CROWDED = 8  # warps that a multiprocessor holds where a thread has up to 255 registers
 STRIPE_DIM = 256  # of bfloat16 embeddings, from which ∂L/∂S is formed by stripes
 STRIPE_BYTES = 32 << 20  # of one: an H200's L2 holds 50 MB
 
@@ -367,15 +368,16 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def splits(programs: int, count: int, step: int, warps: int, result: Tensor) -> int:
+def splits(programs: int, count: int, step: int, warps: int, result: Tensor, fit: int) -> int:
     """How many programs share one walk over `count` rows, each with a part of the result.
 
-    As many as give every multiprocessor 16 warps where `programs` are too few for that. Each walks
-    over four steps at least, and the parts, float32, take 8 MiB or what the result does at most.
+    As many as give every multiprocessor the `fit` warps that it can hold, where `programs` are too
+    few for that. Each walks over four steps at least, and the parts, float32, take 8 MiB or what
+    the result does at most.
     """
     if triton_status() == "interpreted" or result.device.type != "cuda":
         return 1
-    wanted = 16 * multiprocessors(result.device.index or 0) // (programs * warps)
+    wanted = fit * multiprocessors(result.device.index or 0) // (programs * warps)
     room = max(8 << 20, result.numel() * result.element_size()) // (4 * result.numel())
     return max(1, min(wanted, count // (4 * step), room))
 
@@ -383,6 +385,14 @@ def splits(programs: int, count: int, step: int, warps: int, result: Tensor) -> 
 def span(count: int, step: int, parts: int) -> int:
     """Rows that each of `parts` programs walks over: whole steps, but for the last."""
     return step * -(-count // (step * parts))
+
+
+def split(
+    programs: int, count: int, step: int, warps: int, result: Tensor, fit: int = 16
+) -> tuple[int, int]:
+    """How many programs share a walk, see `splits`, and the rows that each walks over."""
+    each = span(count, step, splits(programs, count, step, warps, result, fit))
+    return -(-count // each), each
 
 
 def is_single(n: int, m: int) -> bool:

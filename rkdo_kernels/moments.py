@@ -234,9 +234,7 @@ def launch_moments(
     blocks = triton.cdiv(n, config.rows)
     one = queries.new_empty(n, degree + 1, dtype=torch.float32)
     step = config.cols * config.steps
-    splits = launch.splits(blocks, m, step, config.warps, one)
-    span = launch.span(m, step, splits)
-    splits = triton.cdiv(m, span)
+    splits, span = launch.split(blocks, m, step, config.warps, one)
     parts = one[None] if splits == 1 else one.new_empty(splits, n, degree + 1)
     loss = rows is not None and splits == 1
     out = [one] * 5

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gradient_stripes, launch
+from . import gradient_stripes, launch, parts
 from .needs import BOTH, Needs, rooms
+from .parts import store_part
 from .primitives import (
     LOG2E,
     into,
@@ -16,7 +16,6 @@ from .primitives import (
     load_rows,
     row_polynomials,
     similarity_tile,
-    store_rows,
 )
 
 
@@ -314,32 +313,6 @@ def at_partners(
     return g[:, None] * x.to(tl.float32)
 
 
-@triton.jit
-def store_part(x_ptr, i, n, start, dim, x, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
-    """Into [n, dim], or into this split's of [splits, n, dim]."""
-    if SPLIT:
-        x_ptr += tl.program_id(2).to(tl.int64) * n * dim
-    store_rows(x_ptr, i, n, start, dim, x, WIDTH)
-
-
-@triton.jit
-def _add_parts(
-    parts_ptr,  # [splits, count]  in, fp32
-    total_ptr,  # [count]          out
-    count,
-    splits,
-    BLOCK: tl.constexpr,
-):
-    """One program per BLOCK entries: Σ_s parts_s, in the order of s."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(
-            parts_ptr + split * tl.cast(count, tl.int64) + at, mask=at < count, other=0.0
-        )
-    tl.store(total_ptr + at, total.to(total_ptr.dtype.element_ty), mask=at < count)
-
-
 def moments_backward(
     queries: Tensor,
     keys: Tensor,
@@ -365,24 +338,15 @@ def moments_backward(
             continue
         config = launch.config("moments_dq" if to_queries else "moments_dk", queries)
         config = launch.limited(config, queries.dtype, dims["WIDTH"], degree, dense)
-        own, other = (config.rows, config.cols) if to_queries else (config.cols, config.rows)
-        blocks, walked = triton.cdiv(len(gradient), own), m if to_queries else n
-        step = other * config.steps
-        splits = launch.splits(blocks * dims["CHUNKS"], walked, step, config.warps, gradient)
-        span = launch.span(walked, step, splits)
-        splits, out = triton.cdiv(walked, span), gradient
-        if splits > 1:
-            out = gradient.new_empty(splits, *gradient.shape, dtype=torch.float32)
-        _moments_bwd[(blocks, dims["CHUNKS"], splits)](
+        walked = m if to_queries else n
+        grid, out, span = parts.shared(gradient, config, dims["CHUNKS"], to_queries, walked)
+        _moments_bwd[grid](
             queries, keys, scale, weights, paired, out, queries.stride(0), keys.stride(0),
             n, m, dim, 1 / bound, *launch.excluded(exclude), span, QUERIES=to_queries,
             DEGREE=degree, EXCLUDE=len(exclude), POSITIVE=at_positive is not None,
-            UNIT=bound == 1, SPLIT=splits > 1, DENSE=dense, **dims,
+            UNIT=bound == 1, SPLIT=grid[2] > 1, DENSE=dense, **dims,
             GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
             COLS=config.cols, STEPS=config.steps, **config.options,
         )  # fmt: skip
-        if splits > 1:
-            _add_parts[(triton.cdiv(gradient.numel(), 1024),)](
-                out, gradient, gradient.numel(), splits, BLOCK=1024, enable_fp_fusion=True
-            )
+        parts.add(out, gradient)
     return results

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, parts
 from .gradient_loop import gradient_loop
 from .needs import BOTH, Needs, rooms
 from .primitives import (
@@ -21,6 +21,7 @@ from .primitives import (
     scalars,
     similarity_tile,
     touches,
+    walk,
 )
 
 TINY = tl.constexpr(1.1754943508222875e-38)
@@ -35,7 +36,7 @@ def _recursion_fwd(
     peak_ptr,  # [N]                   in
     share_ptr,  # [N]                  in, 1 / mass of q_0
     lighter_ptr,  # [N, DEPTH + 1]     in, log mass_t − log mass_0
-    loss_ptr,  # [N]                   out
+    loss_ptr,  # [N]                   out; the three of a split follow one another
     pull_ptr,  # [N, DEPTH]            out
     slope_ptr,  # [N, DEPTH + 1]       out
     queries_stride,
@@ -45,8 +46,10 @@ def _recursion_fwd(
     dim,
     alpha,
     positive_offset,
+    span,  # keys that a split walks over
     DEPTH: tl.constexpr,
     DETACH: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
@@ -55,7 +58,7 @@ def _recursion_fwd(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per block of rows i: sums over the keys that are not the positive.
+    """One program per block of rows i and split: sums over the keys that are not the positive.
 
     With e_t = q_t / q_0, r_t = p_t / q_0 = (1 − α) r_{t−1} + α e_{t−1}, w_t = log r_t − log e_t and
     b_t = w_t + (1 − α) b_{t+1}, x = S − peak:
@@ -73,14 +76,14 @@ def _recursion_fwd(
     for _ in tl.static_range(DEPTH):
         pull = pull + (tl.zeros([ROWS, LANES], tl.float32),)
         slope = slope + (tl.zeros([ROWS, LANES], tl.float32),)
-    whole = m // COLS * COLS
-    for first_j in range(0, whole, COLS):
+    start, whole, stop = walk(span, m, SPLIT, COLS)
+    for first_j in range(start, whole, COLS):
         loss, pull, slope = add_rows(
             loss, pull, slope, q, rows, c_0, steeper, queries_ptr, queries_stride, first_i, n,
             keys_ptr, keys_stride, first_j, m, dim, alpha, positive_offset, DEPTH, DETACH, ROWS,
             COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, False,
         )  # fmt: skip
-    if whole < m:
+    if whole < stop:
         loss, pull, slope = add_rows(
             loss, pull, slope, q, rows, c_0, steeper, queries_ptr, queries_stride, first_i, n,
             keys_ptr, keys_stride, whole, m, dim, alpha, positive_offset, DEPTH, DETACH, ROWS,
@@ -88,6 +91,11 @@ def _recursion_fwd(
         )  # fmt: skip
     i = first_i + tl.arange(0, ROWS)
     table = i.to(tl.int64) * (DEPTH + 1)
+    if SPLIT:
+        part = tl.program_id(2) * tl.cast(n, tl.int64) * (2 * DEPTH + 2)
+        loss_ptr += part
+        pull_ptr += part
+        slope_ptr += part
     tl.store(loss_ptr + i, tl.sum(loss, 1), mask=i < n)
     tl.store(slope_ptr + table + DEPTH, tl.sum(slope[DEPTH], 1), mask=i < n)
     for t in tl.static_range(DEPTH):
@@ -210,7 +218,7 @@ def _recursion_bwd(
     pull_ptr,  # [N, DEPTH]           in
     weights_ptr,  # [N]               in, ∂L/∂loss
     at_positive_ptr,  # [N]           in, ∂loss_i/∂S_ij at the positive
-    gradient_ptr,  # [N or M, D]      out
+    gradient_ptr,  # [N or M, D]      out; a part a split, fp32, where they are split
     queries_stride,
     keys_stride,
     n,
@@ -218,9 +226,11 @@ def _recursion_bwd(
     dim,
     alpha,
     positive_offset,
+    span,  # rows of the other operand that a split walks over
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     DEPTH: tl.constexpr,
     DETACH: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
@@ -232,14 +242,14 @@ def _recursion_bwd(
 ):
     """G as in `gradient_tile`."""
     gradient_loop(
-        queries_ptr, keys_ptr, gradient_ptr, queries_stride, keys_stride, n, m, dim,
+        queries_ptr, keys_ptr, gradient_ptr, queries_stride, keys_stride, n, m, dim, span,
         (
             peak_ptr, share_ptr, lighter_ptr, pull_ptr, weights_ptr, at_positive_ptr,
             scalars(scales_ptr, DEPTH + 1), scalars(steeper_ptr, DEPTH + 1), alpha, positive_offset,
             DETACH,
         ),
-        row_values, key_values, gradient_tile, QUERIES, False, WIDTH, CHUNKS, FULL, PRECISION,
-        GRADIENT_PRECISION, UPCAST, ROWS, COLS,
+        row_values, key_values, gradient_tile, QUERIES, False, SPLIT, WIDTH, CHUNKS, FULL,
+        PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
     )  # fmt: skip
 
 
@@ -332,19 +342,26 @@ def recursion(
     log_mass: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N], [N, depth], [N, T]
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
-    n, dim = queries.shape
+    (n, dim), m = queries.shape, keys.shape[0]
     depth = len(scales) - 1
-    loss = queries.new_empty(n, dtype=torch.float32)
-    pull = loss.new_empty(n, depth)
-    slope = loss.new_empty(n, depth + 1)
     config = launch.config("recursion", queries)
-    _recursion_fwd[(triton.cdiv(n, config.rows),)](
-        queries, keys, *row_tables(scales, peak, log_mass), loss, pull, slope, queries.stride(0),
-        keys.stride(0), n, keys.shape[0], dim, alpha, positive_offset, DEPTH=depth,
-        DETACH=detach_target, **launch.dims(queries, config.width), ROWS=config.rows,
-        COLS=config.cols, **config.options,
+    sums = queries.new_empty((2 * depth + 2) * n, dtype=torch.float32)
+    blocks = triton.cdiv(n, config.rows)
+    splits, span = launch.split(blocks, m, config.cols, config.warps, sums, launch.CROWDED)
+    out = parts.room(sums, splits)
+
+    def tables(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, pull, slope = x.split([n, n * depth, n * (depth + 1)])
+        return loss, pull.view(n, depth), slope.view(n, depth + 1)
+
+    _recursion_fwd[(blocks, 1, splits)](
+        queries, keys, *row_tables(scales, peak, log_mass), *tables(out.view(-1)[: len(sums)]),
+        queries.stride(0), keys.stride(0), n, m, dim, alpha, positive_offset, span, DEPTH=depth,
+        DETACH=detach_target, SPLIT=splits > 1, **launch.dims(queries, config.width),
+        ROWS=config.rows, COLS=config.cols, **config.options,
     )  # fmt: skip
-    return loss, pull, slope
+    parts.add(out, sums)
+    return tables(sums)
 
 
 def recursion_backward(
@@ -369,15 +386,18 @@ def recursion_backward(
         if not need:
             continue
         config = launch.config("recursion_dq" if to_queries else "recursion_dk", queries)
-        dims = launch.dims(queries, config.width)
-        block = config.rows if to_queries else config.cols
-        _recursion_bwd[(triton.cdiv(len(gradient), block), dims["CHUNKS"])](
-            queries, keys, *tables, *rows, gradient, queries.stride(0), keys.stride(0),
-            queries.shape[0], keys.shape[0], queries.shape[1], alpha, positive_offset,
-            QUERIES=to_queries, DEPTH=len(scales) - 1, DETACH=detach_target, **dims,
-            GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
+        dims, walked = launch.dims(queries, config.width), keys if to_queries else queries
+        grid, out, span = parts.shared(
+            gradient, config, dims["CHUNKS"], to_queries, len(walked), launch.CROWDED
+        )
+        _recursion_bwd[grid](
+            queries, keys, *tables, *rows, out, queries.stride(0), keys.stride(0),
+            queries.shape[0], keys.shape[0], queries.shape[1], alpha, positive_offset, span,
+            QUERIES=to_queries, DEPTH=len(scales) - 1, DETACH=detach_target, SPLIT=grid[2] > 1,
+            **dims, GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
             COLS=config.cols, **config.options,
         )  # fmt: skip
+        parts.add(out, gradient)
     return results
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, parts
 from .gradient_loop import gradient_loop
 from .needs import BOTH, Needs, rooms
 from .primitives import (
@@ -19,6 +19,7 @@ from .primitives import (
     load_rows,
     scalars,
     similarity_tile,
+    walk,
 )
 
 # Below every x: the peak's start, and lower still an entry that is left out: it weighs nothing.
@@ -33,7 +34,7 @@ def _softmax_sums_fwd(
     queries_square_ptr,  # [N]     in, ‖zq‖², for STUDENT
     keys_square_ptr,  # [M]        in
     scales_ptr,  # [SCALES]        in, c_t
-    peak_ptr,  # [N]               out
+    peak_ptr,  # [N]               out; the four of a split follow one another
     mass_ptr,  # [N, SCALES]       out
     slope_ptr,  # [N, SCALES]      out
     total_ptr,  # [N]              out
@@ -44,9 +45,11 @@ def _softmax_sums_fwd(
     dim,
     exclude_a,
     exclude_b,
+    span,  # keys that a split walks over
     SCALES: tl.constexpr,
     STUDENT: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
@@ -55,7 +58,7 @@ def _softmax_sums_fwd(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per block of rows i, with x = S or −log(1 + ‖zq − zk‖²):
+    """One program per block of rows i and split, with x = S or −log(1 + ‖zq − zk‖²):
 
     peak = max_j x,  mass_t = Σ_j exp(c_t (x − peak)),  slope_t = ∂mass_t/∂c_t,  total = Σ_j x
     """
@@ -71,23 +74,29 @@ def _softmax_sums_fwd(
     for _ in tl.static_range(SCALES):
         mass = mass + (tl.zeros([ROWS, LANES], tl.float32),)
         slope = slope + (tl.zeros([ROWS, LANES], tl.float32),)
-    whole = m // COLS * COLS
-    for first_j in range(0, whole, COLS):
+    start, whole, stop = walk(span, m, SPLIT, COLS)
+    for first_j in range(start, whole, COLS):
         peak, total, mass, slope = add_sums(
             peak, total, mass, slope, q, square, scales, tables, queries_ptr, queries_stride,
             first_i, n, keys_ptr, keys_stride, first_j, m, dim, STUDENT, EXCLUDE, ROWS, COLS, WIDTH,
             CHUNKS, FULL, PRECISION, UPCAST, False,
         )  # fmt: skip
-    if whole < m:
+    if whole < stop:
         peak, total, mass, slope = add_sums(
             peak, total, mass, slope, q, square, scales, tables, queries_ptr, queries_stride,
             first_i, n, keys_ptr, keys_stride, whole, m, dim, STUDENT, EXCLUDE, ROWS, COLS, WIDTH,
             CHUNKS, FULL, PRECISION, UPCAST, True,
         )  # fmt: skip
     i = first_i + tl.arange(0, ROWS)
+    table = i.to(tl.int64) * SCALES
+    if SPLIT:
+        part = tl.program_id(2) * tl.cast(n, tl.int64) * (2 + 2 * SCALES)
+        peak_ptr += part
+        mass_ptr += part
+        slope_ptr += part
+        total_ptr += part
     tl.store(peak_ptr + i, peak, mask=i < n)
     tl.store(total_ptr + i, tl.sum(total, 1), mask=i < n)
-    table = i.to(tl.int64) * SCALES
     for t in tl.static_range(SCALES):
         tl.store(mass_ptr + table + t, tl.sum(mass[t], 1), mask=i < n)
         tl.store(slope_ptr + table + t, tl.sum(slope[t], 1), mask=i < n)
@@ -156,6 +165,46 @@ def add_sums(
 
 
 @triton.jit
+def _join_sums(
+    parts_ptr,  # [splits, (2 + 2 SCALES) N]  in: peak, total, mass and slope of every split
+    scales_ptr,  # [SCALES]                   in, c_t
+    sums_ptr,  # [(2 + 2 SCALES) N]           out, those of all keys
+    n,
+    splits,
+    SCALES: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """One program per COUNT rows: every split's sums for the peak of all, in the order of s."""
+    i = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    there = i < n
+    size = tl.cast(n, tl.int64) * (2 + 2 * SCALES)
+    table = 2 * n + i * SCALES
+    scales = scalars(scales_ptr, SCALES)
+    peak = tl.full([COUNT], LOWEST, tl.float32)
+    total = tl.zeros([COUNT], tl.float32)
+    for s in range(splits):
+        of_split = parts_ptr + s * size
+        peak = tl.maximum(peak, tl.load(of_split + i, mask=there, other=LOWEST))
+        total += tl.load(of_split + n + i, mask=there, other=0.0)
+    tl.store(sums_ptr + i, peak, mask=there)
+    tl.store(sums_ptr + n + i, total, mask=there)
+    for t in tl.static_range(SCALES):
+        mass = tl.zeros([COUNT], tl.float32)
+        slope = tl.zeros([COUNT], tl.float32)
+        for s in range(splits):
+            of_split = parts_ptr + s * size
+            at = of_split + table + t
+            fall = tl.load(of_split + i, mask=there, other=LOWEST) - peak
+            shrink = tl.exp2(fall * (scales[t] * LOG2E))
+            its_mass = tl.load(at, mask=there, other=0.0)
+            its_slope = tl.load(at + tl.cast(n, tl.int64) * SCALES, mask=there, other=0.0)
+            mass += shrink * its_mass
+            slope += shrink * (its_slope + fall * its_mass)
+        tl.store(sums_ptr + table + t, mass, mask=there)
+        tl.store(sums_ptr + table + tl.cast(n, tl.int64) * SCALES + t, slope, mask=there)
+
+
+@triton.jit
 def _softmax_sums_bwd(
     queries_ptr,  # [N, D]            in
     keys_ptr,  # [M, D]               in
@@ -165,7 +214,7 @@ def _softmax_sums_bwd(
     peak_ptr,  # [N]                  in
     weights_ptr,  # [N, SCALES]       in, ∂L/∂mass
     total_weight_ptr,  # [N]          in, ∂L/∂total
-    gradient_ptr,  # [N or M, D]      out
+    gradient_ptr,  # [N or M, D]      out; a part a split, fp32, where they are split
     queries_stride,
     keys_stride,
     n,
@@ -173,10 +222,12 @@ def _softmax_sums_bwd(
     dim,
     exclude_a,
     exclude_b,
+    span,  # rows of the other operand that a split walks over
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     SCALES: tl.constexpr,
     STUDENT: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
@@ -188,13 +239,13 @@ def _softmax_sums_bwd(
 ):
     """For STUDENT x = −log v with v = 1 + ‖zq − zk‖², and G = 2/v ∂L/∂x weighs zk − zq."""
     gradient_loop(
-        queries_ptr, keys_ptr, gradient_ptr, queries_stride, keys_stride, n, m, dim,
+        queries_ptr, keys_ptr, gradient_ptr, queries_stride, keys_stride, n, m, dim, span,
         (
             scalars(scales_ptr, SCALES), peak_ptr, total_weight_ptr, weights_ptr,
             queries_square_ptr, keys_square_ptr, exclude_a, exclude_b, STUDENT, EXCLUDE,
         ),
-        row_values, key_values, gradient_tile, QUERIES, STUDENT, WIDTH, CHUNKS, FULL, PRECISION,
-        GRADIENT_PRECISION, UPCAST, ROWS, COLS,
+        row_values, key_values, gradient_tile, QUERIES, STUDENT, SPLIT, WIDTH, CHUNKS, FULL,
+        PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
     )  # fmt: skip
 
 
@@ -264,17 +315,29 @@ def softmax_sums(
     queries: Tensor, keys: Tensor, scales: Tensor, student: bool, exclude: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N], [N, T], [N, T], [N]
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
-    n, dim = queries.shape
-    peak, total = queries.new_empty(2, n, dtype=torch.float32)
-    mass, slope = queries.new_empty(2, n, len(scales), dtype=torch.float32)
+    (n, dim), m = queries.shape, keys.shape[0]
     config = launch.config(table_name(student), queries)
-    _softmax_sums_fwd[(triton.cdiv(n, config.rows),)](
-        queries, keys, *squares(queries, keys, student), scales, peak, mass, slope, total,
-        queries.stride(0), keys.stride(0), n, keys.shape[0], dim, *launch.excluded(exclude),
-        SCALES=len(scales), STUDENT=student, EXCLUDE=len(exclude),
+    sums = queries.new_empty((2 + 2 * len(scales)) * n, dtype=torch.float32)
+    blocks = triton.cdiv(n, config.rows)
+    splits, span = launch.split(blocks, m, config.cols, config.warps, sums, launch.CROWDED)
+    out = parts.room(sums, splits)
+
+    def tables(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        peak, total, mass, slope = x.split([n, n, n * len(scales), n * len(scales)])
+        return peak, mass.view(n, -1), slope.view(n, -1), total
+
+    _softmax_sums_fwd[(blocks, 1, splits)](
+        queries, keys, *squares(queries, keys, student), scales, *tables(out.view(-1)[: len(sums)]),
+        queries.stride(0), keys.stride(0), n, m, dim, *launch.excluded(exclude), span,
+        SCALES=len(scales), STUDENT=student, EXCLUDE=len(exclude), SPLIT=splits > 1,
         **launch.dims(queries, config.width), ROWS=config.rows, COLS=config.cols, **config.options,
     )  # fmt: skip
-    return peak, mass, slope, total
+    if splits > 1:
+        _join_sums[(triton.cdiv(n, 128),)](
+            out, scales, sums, n, splits, SCALES=len(scales), COUNT=128, num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    return tables(sums)
 
 
 def softmax_sums_backward(
@@ -295,15 +358,19 @@ def softmax_sums_backward(
         if not need:
             continue
         config = launch.config(f"{table_name(student)}_{'dq' if to_queries else 'dk'}", queries)
-        dims = launch.dims(queries, config.width)
-        block = config.rows if to_queries else config.cols
-        _softmax_sums_bwd[(triton.cdiv(len(gradient), block), dims["CHUNKS"])](
-            queries, keys, *squares(queries, keys, student), scales, *rows, gradient,
+        dims, walked = launch.dims(queries, config.width), keys if to_queries else queries
+        grid, out, span = parts.shared(
+            gradient, config, dims["CHUNKS"], to_queries, len(walked), launch.CROWDED
+        )
+        _softmax_sums_bwd[grid](
+            queries, keys, *squares(queries, keys, student), scales, *rows, out,
             queries.stride(0), keys.stride(0), queries.shape[0], keys.shape[0], queries.shape[1],
-            *launch.excluded(exclude), QUERIES=to_queries, SCALES=len(scales), STUDENT=student,
-            EXCLUDE=len(exclude), **dims, GRADIENT_PRECISION=launch.gradient_precision(queries),
-            ROWS=config.rows, COLS=config.cols, **config.options,
+            *launch.excluded(exclude), span, QUERIES=to_queries, SCALES=len(scales),
+            STUDENT=student, EXCLUDE=len(exclude), SPLIT=grid[2] > 1, **dims,
+            GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
+            COLS=config.cols, **config.options,
         )  # fmt: skip
+        parts.add(out, gradient)
     return results
 
 

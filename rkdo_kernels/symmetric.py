@@ -7,19 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, parts
 from .moments import moments
 from .moments_gradient import (
-    _add_parts,
     at_partners,
     clear_pass,
     itinerary,
     load_transposed,
     other_tile,
     other_tiles,
-    store_part,
 )
 from .needs import BOTH, Needs
+from .parts import store_part
 from .primitives import LOG2E, block_values, into, leave_out, load_rows, similarity_tile, walk
 
 PARTS = 64  # of the column sums, float32 [PARTS, M], whatever N is: more rows, more launches
@@ -289,10 +288,8 @@ def both_sums(
     taken = min(PARTS * config.rows, n)  # rows a launch
     programs = triton.cdiv(taken, config.rows)
     cols = queries.new_empty(programs, m, dtype=torch.float32)
-    crowd = triton.cdiv(4 * programs, 3) if config.registers else programs  # 12 warps fit, not 16
-    splits = launch.splits(crowd, m, config.cols, config.warps, cols)
-    span = launch.span(m, config.cols, splits)
-    splits = triton.cdiv(m, span)
+    fit = 12 if config.registers else 16
+    splits, span = launch.split(programs, m, config.cols, config.warps, cols, fit)
     rows = cols.new_empty(splits, n)
     for first in range(0, n, taken):
         block = queries[first : first + taken]
@@ -356,13 +353,10 @@ def gradient(
     dense = queries.stride(0) == keys.stride(0) == dims["WIDTH"]
     config = launch.limited(config, queries.dtype, dims["WIDTH"], 0, dense)
     paired = query_weights if at_positive is None else at_positive.contiguous()
-    result = out = queries.new_empty(queries.shape)
+    result = queries.new_empty(queries.shape)
     blocks, step = triton.cdiv(n, config.rows), config.cols * config.steps
-    splits = launch.splits(blocks * dims["CHUNKS"], m, step, config.warps, result)
-    span = launch.span(m, step, splits)
-    splits = triton.cdiv(m, span)
-    if splits > 1:
-        out = result.new_empty(splits, n, dim, dtype=torch.float32)
+    splits, span = launch.split(blocks * dims["CHUNKS"], m, step, config.warps, result)
+    out = parts.room(result, splits)
     _both_sums_bwd[(blocks, dims["CHUNKS"], splits)](
         queries, keys, query_weights, key_weights, paired, out, queries.stride(0), keys.stride(0),
         n, m, dim, scale, *launch.excluded(exclude), span, BY_KEY=by_key, EXCLUDE=len(exclude),
@@ -370,8 +364,5 @@ def gradient(
         GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
         COLS=config.cols, STEPS=config.steps, **config.options,
     )  # fmt: skip
-    if splits > 1:
-        _add_parts[(triton.cdiv(result.numel(), 1024),)](
-            out, result, result.numel(), splits, BLOCK=1024, enable_fp_fusion=True
-        )
+    parts.add(out, result)
     return result

@@ -108,12 +108,14 @@ def losses():
     for loss in (rkdo, nce, icon, partial(rkdo, bound=None)):
         loss(*views(65, 300, 40, torch.float32), positive_offset=100).backward()
     launch.splits = lambda *_: 2  # as where there are fewer programs than processors
-    for loss in (rkdo, nce, rk.nt_xent, partial(nce, symmetric=True)):
+    direct = partial(rkdo, bound=None), partial(nce, bound=None), partial(icon, kernel="student")
+    for loss in (rkdo, nce, rk.nt_xent, partial(nce, symmetric=True), *direct):
         loss(*views(320, 320, 64, torch.bfloat16)).sum().backward()
 
 
 def fields():
     index = torch.arange(199, 0, -3)
+    splits = launch.splits
     bf16, fp32 = torch.bfloat16, torch.float32
     labels, neighbours = torch.arange(200) % 7, torch.eye(200).to_sparse_csr()
     for field, n, d, dtype, where in (
@@ -130,10 +132,13 @@ def fields():
         (ResponseField.snapshot(1, 1, history=1), 1, 1, fp32, slice(0, 1)),
     ):  # fmt: skip
         queries, keys = views(n, n, d, dtype)
+        launch.splits = splits
         field.step(queries, keys, where).backward()
         field.loss(queries.detach(), keys.detach(), where)
         field.update(queries, keys, where)
         field.loss(queries, keys, where, reduction="none").sum().backward()
+        launch.splits = lambda *_: 2
+        field.step(queries, keys, where).backward()
 
 
 def compiled(target, kernel, signature, constants, divisible, options):

@@ -108,19 +108,19 @@ def calls(n, m, d, dtype):
         sums = (*x, 2.0, rows(n), rows(m), exclude, rows(n) if exclude else None)
         yield "both_sums_backward", sums
         yield "both_sums_backward in parts", sums
-        yield "softmax_sums", (*x, scales, False, exclude)
-        yield (
-            "softmax_sums_backward",
-            (*x, scales, False, exclude, rows(n), rows(n, 3), rows(n)),
-        )
+        for parts in ("", " in parts"):
+            call = (*x, scales, False, exclude)
+            yield f"softmax_sums{parts}", call
+            yield f"softmax_sums_backward{parts}", (*call, rows(n), rows(n, 3), rows(n))
     yield "self_sums", (x[0], 2.0)
     yield "self_sums_backward", (x[0], 2.0, rows(n))
     yield "softmax_sums", (*x, scales, True, [])
     yield "softmax_sums_backward", (*x, scales, True, [], -rows(n), rows(n, 3), rows(n))
     for detach in (False, True):
         call = (*x, scales, 0.5, m - n, detach, 1 + rows(n), 3 + rows(n, 3))
-        yield "recursion", call
-        yield "recursion_backward", (*call, rows(n, 2), rows(n), rows(n))
+        for parts in ("", " in parts"):
+            yield f"recursion{parts}", call
+            yield f"recursion_backward{parts}", (*call, rows(n, 2), rows(n), rows(n))
     yield from field_calls(x, generator)
 
 
@@ -136,15 +136,19 @@ def field_calls(x, generator):
             state = (rows(n + 2, m + 2) / m).to(stored), rows(n + 2), torch.ones(n + 2).double()
             index = (*index, index[0])[:3]
             given = (*index, start, scale, torch.tensor(0.3), torch.tensor([1, 2]), BOTH)
-            yield "dense_pass", (*x, *state, *given)
-            yield "dense_gradient", (*x, *state[:2], *index, start, scale, rows(n))
+            for parts in ("", " in parts"):
+                yield f"dense_pass{parts}", (*x, *state, *given)
+                call = (*x, *state[:2], *index, start, scale, rows(n))
+                yield f"dense_gradient{parts}", call
         past = (rows(2, n, x[0].shape[1]).to(stored), rows(2, m, x[0].shape[1]).to(stored))
         tables = rows(n, 2), 1 + rows(n, 2), 2 - torch.arange(m) % 2
         columns = (rows(n, 1), torch.arange(n)[:, None], None, None)
         labels = (rows(n, 1), None, torch.arange(n), torch.arange(m))
         for prior in (columns, labels):
-            yield "snapshot_pass", (*x, *past, *tables, *prior, scale, BOTH)
-            yield "snapshot_gradient", (*x, *past, *tables, *prior, scale, rows(n))
+            for parts in ("", " in parts"):
+                call = (*x, *past, *tables, *prior, scale)
+                yield f"snapshot_pass{parts}", (*call, BOTH)
+                yield f"snapshot_gradient{parts}", (*call, rows(n))
 
 
 def step(*arguments):
@@ -158,9 +162,8 @@ def copied(arguments):
 
 def launcher(name):
     name, _, parts = name.partition(" in ")
-    if name in field.__all__:
-        return step if name == "dense_pass" else getattr(field, name)
-    function = getattr(kernels, name)
+    function = step if name == "dense_pass" else getattr(kernels, name, None)
+    function = function or getattr(field, name)
     if parts == "stripes":
         return in_stripes(function)
     return in_parts(function) if parts == "parts" else function

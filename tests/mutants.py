@@ -58,7 +58,15 @@ FILES = {  # the tests that a file's mutants have to pass, quickest first
     "primitives": KERNELS,
     **{
         name: ["tests/test_field_kernels.py", "tests/test_field_ops.py", "tests/test_bounds.py"]
-        for name in ("field", "field_rows", "field_gradient", "field_snapshot")
+        for name in (
+            "field",
+            "field_rows",
+            "field_walk",
+            "field_gradient",
+            "field_snapshot",
+            "field_mixture",
+            "parts",
+        )
     },
     "tiled": [*KERNELS[:-1], "tests/test_tiled.py"],
     "small": ["tests/test_losses.py::test_gradcheck", *KERNELS[:1], *KERNELS[5:10]],

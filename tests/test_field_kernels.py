@@ -16,7 +16,7 @@ from accuracy import DEVICE, DTYPES, SMALLEST_NORMAL
 from torch.nn.functional import normalize
 
 pytest.importorskip("triton")
-from rkdo_kernels import field, field_tiles, reference
+from rkdo_kernels import field, field_tiles, launch, reference
 from rkdo_kernels.needs import BOTH, NEITHER
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -100,6 +100,12 @@ class Problem:
         return loss.detach(), *gradients, torch.where(mass > 0, new, p)
 
 
+@pytest.fixture(params=[1, 3], ids=["whole", "in parts"])
+def parts(request, monkeypatch):
+    """In parts, as where there are fewer programs than multiprocessors."""
+    monkeypatch.setattr(launch, "splits", lambda *_: request.param)
+
+
 def hold(found, naive, truth, what):
     """The yardstick, see accuracy.py."""
     error, eager = (float((x.double() - truth).abs().max()) for x in (found, naive))
@@ -117,7 +123,7 @@ def hold(found, naive, truth, what):
      (65, 70, DTYPES[0]), (130, 140, DTYPES[1])],
 )  # fmt: skip
 def test_dense_is_what_whole_matrices_and_the_tiles_have(
-    count, d, dtype, stored, layout, alpha, tiles
+    count, d, dtype, stored, layout, alpha, tiles, parts
 ):
     problem = Problem(count, d, dtype, stored, layout)
     found, other = problem.run(field, alpha=alpha), problem.run(field_tiles, alpha=alpha)
@@ -154,7 +160,7 @@ def test_dense_is_what_whole_matrices_and_the_tiles_have(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_alone_leaves_the_field(layout):
+def test_loss_alone_leaves_the_field(layout, tiles, parts):
     problem = Problem(33, 16, torch.float32, torch.bfloat16, layout)
     both = problem.run(field)
     for needs in (NEITHER, BOTH):
@@ -178,7 +184,7 @@ def test_alpha_0_moves_nothing_but_roundings():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stored", STORED, ids=str)
-def test_weighted_gradients(layout, stored, tiles):
+def test_weighted_gradients(layout, stored, tiles, parts):
     problem = Problem(65, 20, torch.float32, stored, layout)
     weights = torch.linspace(-1, 1, len(problem.queries), dtype=torch.float64, device=DEVICE)
     scale = torch.tensor(3.0, device=DEVICE)
@@ -197,7 +203,7 @@ def test_weighted_gradients(layout, stored, tiles):
 
 
 @pytest.mark.parametrize("stored", STORED, ids=str)
-def test_rows_without_mass_or_a_finite_loss_stay(stored):
+def test_rows_without_mass_or_a_finite_loss_stay(stored, tiles, parts):
     problem = Problem(40, 8, torch.float32, stored, "contiguous")
     rows = problem.positions()[0]
     for matrix in (problem.matrix, problem.diagonal):
@@ -235,7 +241,7 @@ def test_a_scale_of_nan_leaves_the_field():
         assert torch.equal(found[name], getattr(problem, name))
 
 
-def test_the_same_bits_every_time():
+def test_the_same_bits_every_time(parts):
     problem = Problem(130, 64, torch.bfloat16, torch.bfloat16, "contiguous")
     first, second = problem.run(field), problem.run(field)
     for name in NAMES:
@@ -251,7 +257,7 @@ def test_the_same_bits_every_time():
     [(1, 1, 1, DTYPES[0], torch.bfloat16), (20, 33, 31, DTYPES[1], torch.bfloat16),
      (65, 65, 70, DTYPES[2], torch.float32), (64, 130, 16, DTYPES[0], torch.bfloat16)],
 )  # fmt: skip
-def test_snapshots(height, count, d, dtype, stored, prior, history, tiles):
+def test_snapshots(height, count, d, dtype, stored, prior, history, tiles, parts):
     """Rows without a visit, columns with fewer than others, and a row without a target."""
     generator = torch.Generator().manual_seed(0)
 

@@ -32,6 +32,7 @@ ARROWS = {
     "field_tiles": {"field_blocks", "needs", "rounding"},
     # Triton: kernels know their pieces and their launch tables
     "launch": {"chebyshev", "constants"},
+    "parts": {"launch", "primitives"},
     "recursion_rows": {"primitives"},
     "moments": {
         "launch",
@@ -41,7 +42,7 @@ ARROWS = {
         "recursion_rows",
         "single_launch",
     },
-    "moments_gradient": {"gradient_stripes", "launch", "needs", "primitives"},
+    "moments_gradient": {"gradient_stripes", "launch", "needs", "parts", "primitives"},
     "gradient_stripes": {"launch", "needs", "primitives"},
     "single_launch": {
         "checks",
@@ -51,19 +52,23 @@ ARROWS = {
         "quadrature",
         "recursion_rows",
     },
-    "gradient_loop": {"primitives"},
-    "softmax_sums": {"launch", "needs", "primitives", "gradient_loop"},
-    "recursion": {"launch", "needs", "primitives", "gradient_loop"},
-    "symmetric": {"launch", "needs", "primitives", "moments", "moments_gradient"},
-    "field_snapshot": {"launch", "needs", "primitives", "softmax_sums"},
+    "gradient_loop": {"parts", "primitives"},
+    "softmax_sums": {"launch", "needs", "parts", "primitives", "gradient_loop"},
+    "recursion": {"launch", "needs", "parts", "primitives", "gradient_loop"},
+    "symmetric": {"launch", "needs", "parts", "primitives", "moments", "moments_gradient"},
+    "field_mixture": {"primitives", "softmax_sums"},
+    "field_snapshot": {"field_mixture", "launch", "needs", "parts", "primitives", "softmax_sums"},
     "field_rows": {"primitives"},
-    "field_gradient": {"field_rows", "moments_gradient", "primitives"},
+    "field_walk": {"field_rows", "parts", "primitives"},
+    "field_gradient": {"field_rows", "moments_gradient", "parts", "primitives"},
     "field": {
         "field_gradient",
         "field_rows",
         "field_snapshot",
+        "field_walk",
         "launch",
         "needs",
+        "parts",
         "primitives",
         "softmax_sums",
     },
@@ -99,7 +104,7 @@ PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rk
 TRITON = {
     "primitives", "gradient_loop", "recursion_rows", "moments", "moments_gradient", "symmetric",
     "softmax_sums", "recursion", "single_launch", "gradient_stripes", "field", "field_snapshot",
-    "field_gradient", "field_rows",
+    "field_gradient", "field_rows", "field_walk", "field_mixture", "parts",
 }  # fmt: skip
 KERNELS = sorted(Path(rkdo_kernels.__file__).parent.glob("*.py"))
 TRAINER = sorted(Path(rkdo.__file__).parent.glob("*.py"))

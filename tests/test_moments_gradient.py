@@ -107,16 +107,17 @@ def test_splits_fill_the_multiprocessors(monkeypatch):
     monkeypatch.setattr(launch, "triton_status", lambda: "compiled")
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
 
-    def splits(n, d=64, rows=64, step=128, warps=4, size=2):
+    def splits(n, d=64, rows=64, step=128, warps=4, size=2, fit=16):
         result = SimpleNamespace(
             device=torch.device("cuda", 0), numel=lambda: n * d, element_size=lambda: size
         )
-        return launch.splits(-(-n // rows), n, step, warps, result)
+        return launch.splits(-(-n // rows), n, step, warps, result, fit)
 
     assert splits(4096) == 8  # 512 programs of 4 warps, 4 steps each, 8 MiB
     assert splits(64) == splits(256) == 1  # too few steps to share
     assert splits(2048) == 4  # of 4 steps each
     assert (splits(16384), splits(65536)) == (2, 1)
+    assert (splits(16384, fit=8), splits(8192, fit=8)) == (1, 2)
     assert splits(8192, step=64) == 4  # 128 blocks
     assert splits(8192, d=512, step=64) == 1  # one part in float32 is already 16 MiB
     monkeypatch.setattr(launch, "triton_status", lambda: "interpreted")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import DEVICE, assert_as_accurate, evaluate, sample_views
 
-from rkdo_kernels import icon_loss, info_nce, ops, reference, rkdo_loss, small
+from rkdo_kernels import icon_loss, info_nce, launch, ops, reference, rkdo_loss, small
 from rkdo_kernels.ops import moments, recursion, softmax_sums
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -54,10 +54,18 @@ def materialised_sums(queries, keys, student, exclude):
     return torch.stack([total, *(y.sum(1) for y in e)], 1)
 
 
+@pytest.fixture(params=[*BACKENDS, "triton in parts"])
+def backend(request, monkeypatch):
+    """In parts, as where there are fewer programs than multiprocessors."""
+    name, _, parts = request.param.partition(" in ")
+    if parts:
+        monkeypatch.setattr(launch, "splits", lambda *_: 3)
+    return name
+
+
 EXCLUDED = [[], [0], [3], [7, 0], [0, 40], [69]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("exclude", EXCLUDED, ids=str)
 @pytest.mark.parametrize(("bound", "degree"), [(1.0, 0), (1.5, 1), (1.0, 4), (2.0, 4)])
 def test_moments(bound, degree, exclude, backend, tiles):
@@ -69,7 +77,6 @@ def test_moments(bound, degree, exclude, backend, tiles):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("exclude", EXCLUDED, ids=str)
 @pytest.mark.parametrize("student", [False, True])
 def test_softmax_sums(student, exclude, backend, tiles):
@@ -84,7 +91,6 @@ def test_softmax_sums(student, exclude, backend, tiles):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("student", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(32, 64), (33, 64), (64, 33), (5, 3)])
 def test_softmax_sums_of_whole_and_of_broken_tiles(n, m, student, backend, tiles):
@@ -106,7 +112,6 @@ def test_softmax_sums_of_whole_and_of_broken_tiles(n, m, student, backend, tiles
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("student", [False, True])
 def test_slopes_are_the_derivatives_for_the_scales(student, backend, tiles):
     views = sample_views(37, 20, m=70)
@@ -122,7 +127,6 @@ def test_slopes_are_the_derivatives_for_the_scales(student, backend, tiles):
     assert float((slope - wanted).abs().max()) <= 2e-6 * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("n", "m", "d"), [(37, 70, 20), (64, 64, 64), (16, 32, 16), (33, 49, 140)])
 def test_tiles_and_their_edges(n, m, d, backend, tiles, monkeypatch):
     monkeypatch.setattr(small, "MAX_ENTRIES", 0)
