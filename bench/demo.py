@@ -1,8 +1,8 @@
 """What README shows of `make demo`: the same training, timed and kept.
 
-    python -m bench demo
+    python -m bench demo [--out FILE]
 
-Writes bench/results/demo.jsonl: a line about the run, then the losses and evaluations.
+Writes bench/runs/demo.jsonl: a line about the run, then the losses and evaluations.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from .errors import BenchError, Parser
-from .record import FOLDER, environment
+from .errors import BenchError
+from .record import environment, out_of, write_lines
 
 SETTINGS = ("dataset", "method", "epochs")
 TIMED = ("images_per_second", "epoch")  # not in the file: the first differs from run to run
 
 
 def main(arguments: list[str]) -> int:
-    Parser(prog="python -m bench demo").parse_args(arguments)
+    path = out_of("demo", arguments)
     about = environment("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -33,8 +33,7 @@ def main(arguments: list[str]) -> int:
         if subprocess.run([sys.executable, "-m", "rkdo", "train", "--out", str(run)]).returncode:
             raise BenchError("the training failed")
         kept = lines(run, about | {"seconds": time.monotonic() - start})
-    path = FOLDER / "demo.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    write_lines(path, kept)
     print(path)
     return 0
 

@@ -1,13 +1,11 @@
 """Digits of RKDO's loss and gradient against float64, for float32 eager and for ours.
 
-python -m bench precision        (writes bench/results/precision.jsonl and prints its table)
+python -m bench precision [--out FILE]        (bench/runs/precision.jsonl; prints its table)
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +14,9 @@ from torch.nn import functional
 
 from rkdo_kernels import launch, reference, rkdo_loss
 
-from .errors import Parser
 from .readme import precision_table
-from .record import environment
+from .record import environment, out_of, write_lines
 
-RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
 N, D, DEPTH, ALPHA, COOLING = 512, 64, 3, 0.5, 0.1
 
 
@@ -47,14 +43,14 @@ def relative_errors(loss: Callable[..., Tensor], truth, pair) -> list[float]:
 
 
 def main(arguments: list[str]) -> int:
-    Parser(prog="python -m bench precision").parse_args(arguments)
+    path = out_of("precision", arguments)
     about = environment("cpu")
     lines = []
     for cosine in (None, 0.6, 0.95):
         for temperature in (0.5, 0.2, 0.1, 0.05, 0.01):
             if line := measured(cosine, temperature):
                 lines.append({**line, **about})
-    RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_lines(path, lines)
     print(precision_table(lines))
     return 0
 

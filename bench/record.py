@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .errors import BenchError
+from .errors import BenchError, Parser
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
@@ -202,3 +202,15 @@ def parse(path: Path, number: int, line: str) -> Result:
 def newest(results: Iterable[Result]) -> dict[tuple[str, str, int, int, str], Result]:
     """One result a contender and problem: the last one read."""
     return {result.key: result for result in results}
+
+
+def out_of(command: str, arguments: list[str]) -> Path:
+    """Where `python -m bench COMMAND` writes; what README's figures come from is kept elsewhere."""
+    parser = Parser(prog=f"python -m bench {command}")
+    parser.add_argument("--out", type=Path, metavar="FILE", default=RUNS / f"{command}.jsonl")
+    return parser.parse_args(arguments).out
+
+
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -19,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _parse(list(sys.argv[1:] if arguments is None else arguments))()
     except UserError as error:
         return _fail(f"error: {_last_line(error)}", 2)
+    except ModuleNotFoundError as error:
+        missing = f"needs {error.name}, which is not installed"
+        return _fail(f"error: {missing}: it comes with rkdo-kernels[train]", 2)
     except (TrainingError, OSError) as error:
         return _fail(f"error: {error}", 1)
     except Stopped as stopped:

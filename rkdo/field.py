@@ -66,8 +66,9 @@ class TrainingField:
         }
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Of all ranks, on the first; None on the others."""
-        field, waiting = self.field.state_dict(), self.waiting
+        """Of all ranks, on the first; None on the others. To be saved at once: with one rank the
+        tensors are the field's own."""
+        field, waiting = self.field.state_dict(copy=False), self.waiting
         if self.ranks.size == 1:
             return {"field": field, "waiting": waiting}
         field = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in field.items()}
@@ -88,7 +89,7 @@ class TrainingField:
         """What `state_dict` gave on the first rank, of any number of ranks."""
         field, ranks = saved["field"], self.ranks
         if ranks.size > 1:
-            mine = self.field.state_dict()
+            mine = self.field.state_dict(copy=False)
             for name, x in mine.items():
                 if isinstance(x, Tensor):
                     mine[name] = _share(field[name], x.shape, *mine["held"])

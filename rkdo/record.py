@@ -174,12 +174,14 @@ class Run:
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, or None if the run has not come to its first.
 
+        Its tensors stay in the file until they are read: a field may be as large as the memory.
+
         Raises:
             UserError: the file is damaged, or something else's.
         """
         path = self.checkpoint
         try:
-            values = torch.load(path, map_location="cpu", weights_only=True)
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
             return None
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.PickleError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -153,6 +154,22 @@ def within_bound(
             )
         return None
     return torch.where(product > SLACK * bound, float("nan"), 1.0)
+
+
+def fits(numbers: int, dtype: torch.dtype, device: torch.device, what: str, instead: str) -> None:
+    """Raises a MemoryError for more numbers than the device can ever hold."""
+    if device.type == "cuda":
+        most = torch.cuda.mem_get_info(device)[1]
+    elif device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    size = numbers * dtype.itemsize
+    if size > most:
+        raise MemoryError(
+            f"{what} has {size / 1e9:.4g} GB in {str(dtype)[6:]}, {device} {most / 1e9:.4g} GB: "
+            f"{instead}"
+        )
 
 
 def wide(x: Tensor) -> torch.dtype:

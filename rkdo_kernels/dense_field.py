@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import field_ops, field_tiles
+from . import checks, field_ops, field_tiles
 from .batch import Batch
 from .initial import Initial
 from .needs import NEITHER, Needs, once_only
@@ -32,7 +31,11 @@ class DenseField:
         seed: int,
     ) -> None:
         size = held[1] - held[0]
-        fits(size, n, dtype, device)
+        what, instead = (
+            f"a dense field of {n} samples",
+            "ResponseField.snapshot needs no n × n matrix",
+        )
+        checks.fits(size * n, dtype, device, what, instead)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         matrix = torch.zeros(size, n, dtype=dtype, device=device)
         diagonal = torch.ones(size, dtype=wide, device=device)
@@ -140,19 +143,3 @@ class Rows(torch.autograd.Function):
             ctx.backend,
         )  # fmt: skip
         return *once_only(needs, gradients, queries, keys, d_loss), *[None] * 9
-
-
-def fits(rows: int, n: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises a MemoryError for a matrix that the device cannot have."""
-    if device.type == "cuda":
-        most = torch.cuda.mem_get_info(device)[1]
-    elif device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    size = rows * n * dtype.itemsize
-    if size > most:
-        raise MemoryError(
-            f"a dense field of {n} samples has {size / 1e9:.4g} GB in {str(dtype)[6:]}, {device} "
-            f"{most / 1e9:.4g} GB: ResponseField.snapshot needs no n × n matrix"
-        )

@@ -213,9 +213,13 @@ class ResponseField:
         """How often the field was updated; reads the device."""
         return int(self._tensors["clock"][1])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the field is (on this rank): copies, which a later update leaves alone."""
-        tensors = {name: x.clone() for name, x in self._tensors.items()}
+    def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
+        """Everything the field is (on this rank): copies, which a later update leaves alone.
+
+        Without `copy` the field's own tensors, for who saves them at once: no second n × n matrix.
+        """
+        checks.flag("copy", copy)
+        tensors = {name: x.clone() if copy else x for name, x in self._tensors.items()}
         return {"kind": self.kind, "n": self._n, "held": list(self._held), **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

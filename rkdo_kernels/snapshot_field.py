@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import field_ops
+from . import checks, field_ops
 from .batch import Batch
 from .initial import Initial
 from .needs import NEITHER, Needs, once_only
@@ -36,6 +36,9 @@ class SnapshotField:
     ) -> None:
         size, self.group, self.held, self.initial = held[1] - held[0], group, held, initial
         wide = torch.float64 if dtype == torch.float64 else torch.float32
+        what = f"a snapshot field of {n} samples, dim={dim}, history={history}"
+        instead = "a shorter history or a narrower dtype needs less"
+        checks.fits(2 * history * size * dim, dtype, device, what, instead)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)

@@ -79,8 +79,8 @@ ARROWS = {
     # the response field: p⁰, its two kinds of state, a batch of it, the class
     "initial": {"checks"},
     "batch": {"checks", "distributed", "launch", "needs", "ops", "problem"},
-    "dense_field": {"batch", "field_ops", "field_tiles", "initial", "needs"},
-    "snapshot_field": {"batch", "field_ops", "initial", "needs", "problem"},
+    "dense_field": {"batch", "checks", "field_ops", "field_tiles", "initial", "needs"},
+    "snapshot_field": {"batch", "checks", "field_ops", "initial", "needs", "problem"},
     "response": {
         "batch",
         "checks",

@@ -1,6 +1,7 @@
 """The command line: what is refused, in one line and without a trace on the disk."""
 
 import json
+import sys
 
 import pytest
 
@@ -101,3 +102,11 @@ def test_help_names_every_setting(capsys):
     for name in TrainConfig().to_dict():
         assert "--" + name.replace("_", "-") in text
     assert "--steps-per-epoch 11" in text  # the paper's protocol
+
+
+def test_a_library_that_is_missing_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["train"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("rkdo: error: needs tyro, which is not installed")
+    assert err.count("\n") == 1

@@ -332,6 +332,20 @@ def test_a_matrix_that_does_not_fit():
         ResponseField.dense(50_000_000, device=DEVICE)
 
 
+def test_snapshots_that_do_not_fit():
+    wanted = r"snapshot field of 1000000000 samples, dim=1024, history=4 has .* shorter history"
+    with pytest.raises(MemoryError, match=wanted):
+        ResponseField.snapshot(10**9, 1024, history=4, device=DEVICE)
+
+
+def test_a_state_without_copies_is_the_fields_own():
+    field = ResponseField.dense(N, device=DEVICE)
+    assert field.state_dict(copy=False)["matrix"] is field._tensors["matrix"]
+    assert field.state_dict()["matrix"] is not field._tensors["matrix"]
+    with pytest.raises(TypeError, match="copy must be True or False, got int"):
+        field.state_dict(copy=0)
+
+
 def test_a_snapshot_wants_its_own_dim():
     index, views = batch()
     field = ResponseField.snapshot(N, D + 1, history=1, device=DEVICE)

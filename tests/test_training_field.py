@@ -4,7 +4,9 @@ import copy
 import shutil
 import signal
 import socket
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,6 +231,23 @@ def test_a_field_that_no_memory_holds_is_one_line(tmp_path, monkeypatch, capsys)
     assert err.startswith("rkdo: error: --recursion dense must fit the memory: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at Linux's mappings")
+def test_checkpoints_hold_no_second_field_in_memory(tmp_path):
+    trained = TrainingField(replace(LONG, recursion="dense"), torch.zeros(600).long(), ALONE)
+    values = trained.state_dict()["field"]
+    assert values["matrix"].data_ptr() == trained.field._tensors["matrix"].data_ptr()
+    run = Run(tmp_path)
+    run.save_checkpoint({"field": values})
+    loaded = run.load_checkpoint()
+    address = loaded["field"]["matrix"].data_ptr()
+    mapped = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
+    files = [
+        name for extent, *_, name in mapped
+        if int(extent.split("-")[0], 16) <= address < int(extent.split("-")[1], 16)
+    ]  # fmt: skip
+    assert files == [str(run.checkpoint)]
 
 
 # --- two ranks ------------------------------------------------------------------------------------
