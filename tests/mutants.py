@@ -75,7 +75,7 @@ FILES = {  # the tests that a file's mutants have to pass, quickest first
 }
 TRITON = (
     "moments", "moments_gradient", "recursion_rows", "single_launch", "gradient_stripes",
-    "symmetric", "softmax_sums", "recursion", "gradient_loop", "primitives",
+    "symmetric", "softmax_sums", "recursion", "gradient_loop", "primitives", "needs",
 )  # fmt: skip
 OPERATORS = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.Lt: "<=", ast.LtE: "<",
