@@ -168,3 +168,12 @@ CASES = (
         quick=((1024, 64),),
     ),
 )
+
+
+def listed(case: Case) -> bool:
+    return any(case.name == x.name for x in CASES)
+
+
+def named(name: str) -> Case:
+    (case,) = (x for x in CASES if x.name == name)
+    return case

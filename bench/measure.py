@@ -21,7 +21,8 @@ from pytest_benchmark.stats import Stats
 from torch import Tensor
 
 from . import accuracy, memory
-from .cases import Case
+from .apart import Died, stream
+from .cases import Case, named
 from .contenders import Contender, Loss, Unavailable
 from .gpu_timing import DeviceTimer, floor_seconds, replayed
 from .record import Result
@@ -67,15 +68,71 @@ def measure(
     device: str,
     effort: Effort,
     about: dict[str, Any],
-    skip: Container[str] = (),
+    skip: frozenset[str] = frozenset(),
+    apart: bool = False,
 ) -> Iterator[Result]:
-    """One result a contender, as soon as it is known: those that cannot run first."""
+    """One result a contender: those that cannot run first. `apart`: the times are a new process's,
+    which finds the case by its name."""
+    what = n, d, dtype, device, effort, about
+    if apart:
+        kept = frozenset(x.name for x in case.contenders)
+        timed = stream(timed_in_child, case.name, kept, *what, skip)
+    else:
+        timed = times(case, *what, skip)
+    contenders = {x.name: x for x in case.contenders if enters(x, device, skip)}
+    interruption = None
+    try:
+        for found, variant in timed:
+            contender = contenders.pop(found.contender)
+            wanted = device == "cpu" and effort.memory and found.status in ("ok", "wrong")
+            if wanted and contender.judged and not interruption:
+                try:
+                    peak = memory.apart(case, contender, variant, n, d, dtype)
+                    found = replace(found, peak_bytes=peak)
+                except KeyboardInterrupt as stop:  # the times are there: they are kept
+                    interruption = stop
+                except Exception as error:
+                    found = replace(
+                        found, p20=None, p50=None, p80=None, samples=0, **failure(error)
+                    )
+            yield found
+    except Died as death:
+        for name in contenders:
+            yield replace(Result(case.name, name, n, d, dtype, "ok", **about), **failure(death))
+    if interruption:
+        raise interruption
+
+
+def timed_in_child(
+    name: str, kept: frozenset[str], *what: Any
+) -> Iterator[tuple[Result, int | None]]:
+    case = named(name)
+    return times(
+        replace(case, contenders=tuple(x for x in case.contenders if x.name in kept)), *what
+    )
+
+
+def enters(contender: Contender, device: str, skip: Container[str]) -> bool:
+    on_gpu = device == "cuda"
+    return contender.name not in skip and contender.graph <= on_gpu <= contender.judged
+
+
+def times(
+    case: Case,
+    n: int,
+    d: int,
+    dtype: str,
+    device: str,
+    effort: Effort,
+    about: dict[str, Any],
+    skip: Container[str],
+) -> Iterator[tuple[Result, int | None]]:
+    """The contenders' results, but for a CPU's memory, each with the variant that was fastest."""
     inputs = case.inputs(n, d, DTYPES[dtype], device)
     entrants = []
     known: dict[Any, Any] = {}  # truth and eager's error, by what they are of
     for contender in case.contenders:
-        on_gpu = device == "cuda"
-        if contender.name in skip or contender.graph > on_gpu or on_gpu > contender.judged:
+        if not enters(contender, device, skip):
             continue
         found = Result(case.name, contender.name, n, d, dtype, "ok", **about)
         broken = None
@@ -85,31 +142,23 @@ def measure(
             broken = failure(error)
         release(device)  # not in the handler, whose error keeps what the contender held
         if broken:
-            yield replace(found, **broken)
+            yield replace(found, **broken), None
     if not entrants:
         return
     take_turns(entrants, device, effort)
     floor = floor_of(case, n, d, dtype, device, entrants)
-    interruption = None
     for entrant in entrants:
         found = replace(entrant.result, floor=floor)
         if entrant.failure:
-            yield replace(found, **entrant.failure)
+            yield replace(found, **entrant.failure), None
             continue
         found = replace(found, **percentiles(entrant.samples))
         try:
             if device == "cuda":
                 found = replace(found, **seen_from_the_host(entrant))
-            elif effort.memory and entrant.contender.judged and not interruption:
-                peak = memory.apart(case, entrant.contender, entrant.variant, n, d, dtype)
-                found = replace(found, peak_bytes=peak)
-        except KeyboardInterrupt as stop:  # the times are there: they are kept
-            interruption = stop
         except Exception as error:
             found = replace(entrant.result, floor=floor, **failure(error))
-        yield found
-    if interruption:
-        raise interruption
+        yield found, entrant.variant
 
 
 def seen_from_the_host(entrant: Entrant) -> dict[str, Any]:
@@ -121,6 +170,8 @@ def seen_from_the_host(entrant: Entrant) -> dict[str, Any]:
 def failure(error: Exception) -> dict[str, Any]:
     """Out of memory is a result, and so is everything else that keeps a contender from running."""
     text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    if isinstance(error, Died):
+        return {"status": "oom" if error.killed else "failed", "detail": text}
     if isinstance(error, Unavailable):
         return {"status": "unavailable", "detail": text}
     starved = isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -1,75 +1,43 @@
 """Peak memory of forward and backward above the inputs.
 
-On a CPU it is the growth of the resident set, in a process of its own: a fork of one that has run
-nothing, so that no contender's leftovers help or hurt another. On a GPU it is the allocator's peak.
+On a CPU it is the growth of the resident set, in a process of its own. On a GPU it is the
+allocator's peak.
 """
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import re
-import signal
-from collections.abc import Callable
-from multiprocessing import forkserver
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
 
-from .cases import CASES, Case
+from .apart import stream
+from .cases import Case, listed, named
 from .contenders import Contender
 
 MMAP_THRESHOLD = -3  # of mallopt
-TIMEOUT = 600  # seconds
 
 
 def apart(
     case: Case, contender: Contender, variant: int | None, n: int, d: int, dtype: str
 ) -> int | None:
-    """Bytes, of a CPU's contender in a process of its own; None where they cannot be measured."""
-    known = any(case.name == x.name for x in CASES)  # the child finds it by its name
-    if not known or not Path("/proc/self/clear_refs").exists():
+    """Bytes, of a CPU's contender; None where they cannot be measured."""
+    if not listed(case) or not Path("/proc/self/clear_refs").exists():
         return None
-    context = multiprocessing.get_context("forkserver")
-    start_server()
-    mine, theirs = context.Pipe(duplex=False)
-    names = case.name, contender.name, variant, n, d, dtype, torch.get_num_threads()
-    child = context.Process(target=child_main, args=(theirs, *names), daemon=True)
-    child.start()
-    theirs.close()
-    try:
-        found = mine.recv() if mine.poll(TIMEOUT) else None
-        child.join(10)
-        return found
-    except EOFError:
-        return None
-    finally:
-        child.kill()
+    (found,) = stream(in_child, case.name, contender.name, variant, n, d, dtype)
+    return found
 
 
-def start_server() -> None:
-    """Deaf to Ctrl-C, as its forks are: that is for this process, which ends them."""
-    forkserver.set_forkserver_preload(["bench.memory"])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def child_main(
-    pipe: Any, case: str, contender: str, variant: int | None, n: int, d: int, dtype: str,
-    threads: int,
-) -> None:  # fmt: skip
-    torch.set_num_threads(threads)
-    inductor.compile_threads = 1  # its pool of processes would outlive this one
+def in_child(
+    case: str, contender: str, variant: int | None, n: int, d: int, dtype: str
+) -> Iterator[int]:
     # Blocks past 64 KB go back to the system when they are freed: the warm-up leaves nothing.
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
-    found_case = next(x for x in CASES if x.name == case)
-    found = next(x for x in found_case.contenders if x.name == contender)
-    pipe.send(on_cpu(found_case, found, variant, n, d, dtype))
+    (found,) = (x for x in named(case).contenders if x.name == contender)
+    yield on_cpu(named(case), found, variant, n, d, dtype)
 
 
 def on_cpu(

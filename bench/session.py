@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .cases import CASES, Case
+from .cases import CASES, Case, listed
 from .errors import BenchError
 from .measure import DTYPES, Effort, measure
 from .record import Result, Writer, device_name, environment
@@ -116,7 +116,7 @@ def measure_all(
             bar.set_description(f"{problem.case.name} {problem.n}×{problem.d} {problem.dtype}")
             for result in measure(
                 problem.case, problem.n, problem.d, problem.dtype, device, effort, about,
-                problem.skip,
+                problem.skip, apart=device == "cpu" and listed(problem.case),
             ):  # fmt: skip
                 writer.write(result)
     except KeyboardInterrupt:

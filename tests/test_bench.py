@@ -12,7 +12,18 @@ import pytest
 import torch
 from bench_results import complaint, result, write
 
-from bench import accuracy, cases, contenders, fields, measure, memory, record, report, session
+from bench import (
+    accuracy,
+    apart,
+    cases,
+    contenders,
+    fields,
+    measure,
+    memory,
+    record,
+    report,
+    session,
+)
 from bench.contenders import Contender
 from rkdo_kernels import reference, rkdo_loss
 
@@ -219,6 +230,66 @@ def test_memory_is_measured_of_chosen_contenders_too():
     rkdo = session.only(next(x for x in cases.CASES if x.name == "rkdo_loss"), ["ours"])
     ours = next(x for x in rkdo.contenders if x.name == "ours")
     assert memory.apart(rkdo, ours, None, 64, 64, "fp32") is not None
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def pids(count):
+    yield from [os.getpid()] * count
+
+
+def killed(count):
+    yield from range(count)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_every_stream_comes_from_a_new_process():
+    first, second = (set(apart.stream(pids, 2)) for _ in range(2))
+    assert len(first | second | {os.getpid()}) == 3
+
+
+def test_a_process_that_dies_is_told_of_after_what_it_sent():
+    found = []
+    with pytest.raises(apart.Died) as death:
+        found.extend(apart.stream(killed, 3))
+    assert death.value.killed
+
+
+def test_times_come_from_a_new_process(monkeypatch):
+    monkeypatch.setattr(measure, "times", None)  # here, but not there
+    rkdo = session.only(cases.named("rkdo_loss"), ["eager", "ours"])
+    chosen = {"skip": frozenset({"eager"}), "apart": True}
+    found = list(measure.measure(rkdo, 64, 64, "fp32", "cpu", EFFORT, {"threads": 7}, **chosen))
+    assert [(x.contender, x.status, x.threads) for x in found] == [
+        ("ours", "ok", 7), ("floor", "ok", 7),
+    ]  # fmt: skip
+    assert all(x.p50 and x.peak_bytes is None for x in found)
+    assert found[0].floor == found[1].p50
+
+
+@pytest.mark.parametrize("status", ["oom", "failed"])
+def test_a_problem_whose_process_dies_is_a_result(monkeypatch, status):
+    """As where the system kills what takes too much memory: the next problem is measured."""
+
+    def dying(*_):
+        yield record.Result("tiny", "eager", 16, 8, "fp32", "ok", p50=1.0), None
+        raise apart.Died(-signal.SIGKILL if status == "oom" else 1)
+
+    monkeypatch.setattr(measure, "stream", dying)
+    found = list(measure.measure(case(), 16, 8, "fp32", "cpu", EFFORT, {}, apart=True))
+    assert [(x.contender, x.status) for x in found] == [("eager", "ok"), ("ours", status)]
+    assert "the process that measures ended" in found[1].detail
+
+
+def test_memory_that_kills_its_process_is_a_result(monkeypatch):
+    def dying(*_):
+        raise apart.Died(-signal.SIGKILL)
+
+    monkeypatch.setattr(memory, "apart", dying)
+    effort = measure.Effort(seconds=0.05, rounds=3, least=2)
+    found = list(measure.measure(case(), 16, 8, "fp32", "cpu", effort, {}))
+    assert [(x.status, x.p50) for x in found] == [("oom", None)] * 2
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -1,0 +1,66 @@
+"""Work in a process of its own: a fork of one that has run nothing, so that what others left behind
+(the C library's heap, whose state halves or doubles the time of what allocates N² numbers; caches;
+pools of threads) neither helps nor hurts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
+from typing import Any
+
+import torch
+import torch._inductor.config as inductor
+
+ENDS_IN = 10  # seconds a process that has sent everything has to end in
+
+
+class Died(Exception):
+    """The process ended before its work did. Killed, it most likely took too much memory."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__(f"the process that measures ended with status {code}")
+        self.killed = code == -signal.SIGKILL
+
+
+def stream(work: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
+    """What `work(*arguments)` yields there, as it comes; everything passes through pickle."""
+    context = multiprocessing.get_context("forkserver")
+    start_server()
+    mine, theirs = context.Pipe(duplex=False)
+    child = context.Process(
+        target=child_main, args=(theirs, torch.get_num_threads(), work, arguments), daemon=True
+    )
+    child.start()
+    theirs.close()
+    try:
+        while True:
+            yield mine.recv()
+    except EOFError:
+        child.join(ENDS_IN)
+        if child.exitcode != 0:
+            raise Died(child.exitcode) from None
+    finally:
+        child.kill()
+        mine.close()
+
+
+def start_server() -> None:
+    """Deaf to Ctrl-C, as its forks are: that is for this process, which ends them."""
+    forkserver.set_forkserver_preload(["bench.apart"])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def child_main(
+    pipe: Any, threads: int, work: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(threads)
+    inductor.compile_threads = 1  # its pool of processes would outlive this one
+    for found in work(*arguments):
+        pipe.send(found)
+    pipe.close()
