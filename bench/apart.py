@@ -8,6 +8,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -27,14 +28,13 @@ class Died(Exception):
 def stream(work: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
     """What `work(*arguments)` yields there, as it comes; everything passes through pickle."""
     context = multiprocessing.get_context("forkserver")
-    start_server()
     mine, theirs = context.Pipe(duplex=False)
     child = context.Process(
         target=child_main, args=(theirs, torch.get_num_threads(), work, arguments), daemon=True
     )
-    child.start()
-    theirs.close()
     try:
+        start(child)
+        theirs.close()
         while True:
             yield mine.recv()
     except EOFError:
@@ -42,16 +42,19 @@ def stream(work: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]
         if child.exitcode != 0:
             raise Died(child.exitcode) from None
     finally:
-        child.kill()
+        if child.pid:
+            child.kill()
         mine.close()
 
 
-def start_server() -> None:
-    """Deaf to Ctrl-C, as its forks are: that is for this process, which ends them."""
+def start(child: BaseProcess) -> None:
+    """Deaf to Ctrl-C, as what it starts are: that is for this process, which ends them, and so has
+    to know of them."""
     forkserver.set_forkserver_preload(["bench.apart"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
+        child.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -335,6 +335,7 @@ def test_ctrl_c_leaves_a_valid_file(tmp_path):
     run = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under "make &"
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (path.exists() and path.read_text().endswith("\n")) and time.monotonic() < deadline:
