@@ -5,9 +5,11 @@ pools of threads) neither helps nor hurts."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -48,9 +50,10 @@ def stream(work: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]
 
 
 def start(child: BaseProcess) -> None:
-    """Deaf to Ctrl-C, as what it starts are: that is for this process, which ends them, and so has
-    to know of them."""
+    """Deaf to Ctrl-C while it does, as the server stays: that is for this process, which ends the
+    others, and so has to know of them."""
     forkserver.set_forkserver_preload(["bench.apart"])
+    resource_tracker.ensure_running()  # undoes the mask when it starts, so before
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
@@ -62,8 +65,17 @@ def start(child: BaseProcess) -> None:
 def child_main(
     pipe: Any, threads: int, work: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     inductor.compile_threads = 1  # its pool of processes would outlive this one
     for found in work(*arguments):
         pipe.send(found)
     pipe.close()
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

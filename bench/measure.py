@@ -91,14 +91,22 @@ def measure(
                     found = replace(found, peak_bytes=peak)
                 except KeyboardInterrupt as stop:  # the times are there: they are kept
                     interruption = stop
+                except Died as death:  # and so they are
+                    found = replace(found, detail=f"no peak: {death}")
                 except Exception as error:
                     found = replace(
                         found, p20=None, p50=None, p80=None, samples=0, **failure(error)
                     )
             yield found
     except Died as death:
-        for name in contenders:
-            yield replace(Result(case.name, name, n, d, dtype, "ok", **about), **failure(death))
+        left = tuple(contenders.values())
+        if len(case.contenders) == 1:
+            found = Result(case.name, case.contenders[0].name, n, d, dtype, "ok", **about)
+            yield from (replace(found, **failure(death)) for _ in left)
+        elif not interruption:  # which of them it was, each tells alone
+            for contender in left:
+                alone = replace(case, contenders=(contender,))
+                yield from measure(alone, *what, skip, apart=True)
     if interruption:
         raise interruption
 

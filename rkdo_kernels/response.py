@@ -247,6 +247,8 @@ class ResponseField:
                     f"state has {name} {list(new.shape)} {checks.dtype_name(new)}, "
                     f"the field {list(x.shape)} {checks.dtype_name(x)}"
                 )
+            if new.is_meta or new.layout != torch.strided:
+                raise ValueError(f"state has {name} without values of its own, want a dense tensor")
         with torch.no_grad():
             for name, x in self._tensors.items():
                 x.copy_(state[name])

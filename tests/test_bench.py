@@ -1,6 +1,8 @@
 """Measuring: what is wrong is called wrong, what fails is a result, what was measured is kept."""
 
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -269,27 +271,96 @@ def test_times_come_from_a_new_process(monkeypatch):
 
 
 @pytest.mark.parametrize("status", ["oom", "failed"])
-def test_a_problem_whose_process_dies_is_a_result(monkeypatch, status):
-    """As where the system kills what takes too much memory: the next problem is measured."""
+def test_a_contender_that_ends_its_process_is_a_result(monkeypatch, status):
+    """As where the system kills what takes too much memory: the others are measured without it."""
+    fatal = apart.Died(-signal.SIGKILL if status == "oom" else 1)
 
-    def dying(*_):
-        yield record.Result("tiny", "eager", 16, 8, "fp32", "ok", p50=1.0), None
-        raise apart.Died(-signal.SIGKILL if status == "oom" else 1)
+    def dying(work, name, kept, *what):
+        for contender in ("ours", "eager", "greedy", "chunked"):
+            if contender in kept and contender == "greedy":
+                raise fatal
+            if contender in kept:
+                yield record.Result(name, contender, 16, 8, "fp32", "ok", p50=1.0), None
 
     monkeypatch.setattr(measure, "stream", dying)
-    found = list(measure.measure(case(), 16, 8, "fp32", "cpu", EFFORT, {}, apart=True))
-    assert [(x.contender, x.status) for x in found] == [("eager", "ok"), ("ours", status)]
-    assert "the process that measures ended" in found[1].detail
+    four = case(contender("greedy", None), contenders.chunked(ROWS))
+    found = list(measure.measure(four, 16, 8, "fp32", "cpu", EFFORT, {}, apart=True))
+    ok = {"ours": "ok", "eager": "ok", "chunked": "ok"}
+    assert {x.contender: x.status for x in found} == {**ok, "greedy": status}
+    assert len(found) == 4
+    assert [x.detail for x in found if x.status != "ok"] == [str(fatal)]
 
 
-def test_memory_that_kills_its_process_is_a_result(monkeypatch):
+def test_times_outlive_the_process_that_measures_memory(monkeypatch):
     def dying(*_):
         raise apart.Died(-signal.SIGKILL)
 
     monkeypatch.setattr(memory, "apart", dying)
     effort = measure.Effort(seconds=0.05, rounds=3, least=2)
-    found = list(measure.measure(case(), 16, 8, "fp32", "cpu", effort, {}))
-    assert [(x.status, x.p50) for x in found] == [("oom", None)] * 2
+    for x in measure.measure(case(), 16, 8, "fp32", "cpu", effort, {}):
+        assert (x.status, x.peak_bytes) == ("ok", None)
+        assert x.p50
+        assert x.detail.startswith("no peak: the process")
+
+
+def pid_and_wait():
+    yield os.getpid()
+    time.sleep(600)
+
+
+def start_and_wait(path):
+    for pid in apart.stream(pid_and_wait):
+        path.write_text(str(pid))
+
+
+def test_a_measuring_process_ends_with_its_parent(tmp_path):
+    path = tmp_path / "pid"
+    parent = multiprocessing.get_context("spawn").Process(target=start_and_wait, args=(path,))
+    parent.start()
+    wait_for(lambda: path.exists() and path.read_text())
+    parent.kill()
+    parent.join()
+    pid = int(path.read_text())
+    wait_for(lambda: ended(pid))
+
+
+SERVER_AND_CHILD = """
+import os
+from bench import apart
+children = "/proc/self/task", os.listdir("/proc/self/task")[0], "children"
+for _ in apart.stream(iter, "x"):
+    for pid in open(os.path.join(*children)).read().split():
+        if "forkserver" in open(f"/proc/{pid}/cmdline").read():
+            print(open(f"/proc/{pid}/status").read())
+"""
+
+
+def test_the_server_is_deaf_to_ctrl_c_while_it_starts():
+    """Where nothing has started multiprocessing's tracker, which undoes masks."""
+    run = [sys.executable, "-c", SERVER_AND_CHILD]
+    status = subprocess.run(run, cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    (blocked,) = re.findall(r"^SigBlk:\s+(\w+)$", status, re.MULTILINE)
+    assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
+
+
+def handler():
+    yield signal.getsignal(signal.SIGINT)
+
+
+def test_measuring_processes_are_deaf_to_ctrl_c():
+    assert list(apart.stream(handler)) == [signal.SIG_IGN]
+
+
+def ended(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # ---- files ---------------------------------------------------------------------------------------

@@ -508,6 +508,11 @@ def test_a_saved_field_of_another_making_is_refused():
         wanted.load_state_dict(list(before))
     with pytest.raises(TypeError, match="state has matrix of type int, want a tensor"):
         wanted.load_state_dict({**before, "matrix": 3})
+    last = list(before)[-1]
+    other = ResponseField.dense(N, initial=torch.zeros(N, dtype=torch.int64), device=DEVICE)
+    for without in (before[last].to("meta"), before[last].to_sparse()):
+        with pytest.raises(ValueError, match=f"state has {last} without values of its own"):
+            wanted.load_state_dict({**other.state_dict(), last: without})
     same_bytes(before, wanted.state_dict())
     labelled = KINDS["snapshot"](initial=torch.arange(N))
     with pytest.raises(ValueError, match=re.escape("differ in initial.labels")):
