@@ -233,10 +233,10 @@ class ResponseField:
             raise TypeError(f"state must be a dict, got {type(state).__name__}")
         mine = {"kind": self.kind, "n": self._n, "held": list(self._held)}
         for name, wanted in mine.items():
-            if state.get(name) != wanted:
+            if type(state.get(name)) is not type(wanted) or state[name] != wanted:
                 raise ValueError(f"state has {name}={state.get(name)!r}, the field {wanted!r}")
         if set(state) != {*mine, *self._tensors}:
-            odd = sorted(set(state) ^ {*mine, *self._tensors})
+            odd = sorted(map(str, set(state) ^ {*mine, *self._tensors}))
             raise ValueError(f"state and field differ in {', '.join(odd)}")
         for name, x in self._tensors.items():
             new = state[name]

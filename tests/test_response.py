@@ -504,6 +504,10 @@ def test_a_saved_field_of_another_making_is_refused():
     del broken["row_sum"]
     with pytest.raises(ValueError, match="differ in row_sum"):
         wanted.load_state_dict(broken)
+    with pytest.raises(ValueError, match="differ in 3, row_sum"):
+        wanted.load_state_dict({**broken, 3: None})
+    with pytest.raises(ValueError, match=rf"state has n=tensor\(.*, the field {N}"):
+        wanted.load_state_dict({**before, "n": torch.tensor([N, N])})
     with pytest.raises(TypeError, match="state must be a dict, got list"):
         wanted.load_state_dict(list(before))
     with pytest.raises(TypeError, match="state has matrix of type int, want a tensor"):
