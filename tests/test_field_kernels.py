@@ -106,6 +106,14 @@ def parts(request, monkeypatch):
     monkeypatch.setattr(launch, "splits", lambda *_: request.param)
 
 
+every_walk = pytest.mark.parametrize(
+    ("tiles", "parts"),
+    [("wide tiles", 1), ("tall tiles", 1), ("tall tiles", 3)],  # tall: more columns' tiles to share
+    ids=["wide", "tall", "tall in parts"],
+    indirect=True,
+)
+
+
 def hold(found, naive, truth, what):
     """The yardstick, see accuracy.py."""
     error, eager = (float((x.double() - truth).abs().max()) for x in (found, naive))
@@ -114,6 +122,7 @@ def hold(found, naive, truth, what):
     assert error <= limit, f"{what}: {error:.3g} passes {limit:.3g}"
 
 
+@every_walk
 @pytest.mark.parametrize("alpha", [0.01, 1.0])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stored", STORED, ids=str)
@@ -159,6 +168,7 @@ def test_dense_is_what_whole_matrices_and_the_tiles_have(
         assert (block[~at_own] != problem.block()[~at_own]).float().mean() > 0.05
 
 
+@every_walk
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_alone_leaves_the_field(layout, tiles, parts):
     problem = Problem(33, 16, torch.float32, torch.bfloat16, layout)
@@ -182,6 +192,7 @@ def test_alpha_0_moves_nothing_but_roundings():
     assert (change <= 2**-7 * problem.matrix.double()).all()
 
 
+@every_walk
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stored", STORED, ids=str)
 def test_weighted_gradients(layout, stored, tiles, parts):
@@ -202,6 +213,7 @@ def test_weighted_gradients(layout, stored, tiles, parts):
         hold(x, y, z, "gradient")
 
 
+@every_walk
 @pytest.mark.parametrize("stored", STORED, ids=str)
 def test_rows_without_mass_or_a_finite_loss_stay(stored, tiles, parts):
     problem = Problem(40, 8, torch.float32, stored, "contiguous")
@@ -250,6 +262,7 @@ def test_the_same_bits_every_time(parts):
     assert not torch.equal(problem.run(field)["matrix"], first["matrix"])
 
 
+@every_walk
 @pytest.mark.parametrize("history", [1, 4])
 @pytest.mark.parametrize("prior", ["columns", "labels"])
 @pytest.mark.parametrize(
