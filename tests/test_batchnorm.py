@@ -1,8 +1,7 @@
 """Batch norm over two gloo ranks against torch's own over all rows."""
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_two_ranks
 from torch import nn
 
 from rkdo.batchnorm import GlobalBatchNorm2d, synchronise_batch_norm
@@ -34,19 +33,16 @@ def run(norm, x, upstream):
     ]
 
 
-def one_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def one_rank(rank, _):
     x, upstream, norm = problem()
     synchronise_batch_norm(nn.Sequential(norm))
     assert type(norm) is GlobalBatchNorm2d
     rows = slice(rank * ROWS, (rank + 1) * ROWS)
-    torch.save(run(norm, x[rows], upstream[rows]), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return run(norm, x[rows], upstream[rows])
 
 
 def test_two_ranks_normalise_as_one(tmp_path):
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = on_two_ranks(one_rank, tmp_path)
     x, upstream, norm = problem()
     y, grad_x, grad_weight, grad_bias, mean, var = run(norm, x, upstream)
     pairs = [

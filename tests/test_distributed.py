@@ -1,11 +1,9 @@
 """Two ranks against one: the same loss and the same gradients, in float64."""
 
-import socket
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accuracy import sample_views
+from ranks import on_two_ranks
 
 from rkdo_kernels import info_nce, rkdo_loss
 from rkdo_kernels.distributed import gather_keys
@@ -24,9 +22,7 @@ def whole_views():
     )
 
 
-def run_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def losses_of(rank, _):
     mine = slice(rank * ROWS, (rank + 1) * ROWS)
     results = {}
     for name, loss in LOSSES.items():
@@ -44,16 +40,11 @@ def run_rank(rank, port, folder):
     weights = torch.arange(all_keys.numel(), dtype=torch.float64).view(all_keys.shape) * (rank + 1)
     (all_keys * weights).sum().backward()
     results["weighted"] = all_keys.detach(), keys.grad
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_ranks_are_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run_rank, args=(port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = on_two_ranks(losses_of, tmp_path)
     for name, loss in LOSSES.items():
         queries, keys = whole_views()
         value = loss(queries, keys)

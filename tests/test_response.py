@@ -2,14 +2,13 @@
 
 import itertools
 import re
-import socket
 import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accuracy import DEVICE, sample_views
+from ranks import on_two_ranks
 from test_field_ops import BACKENDS, initials, neighbours, same_bytes, samples
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -612,11 +611,8 @@ def test_nothing_is_larger_than_the_blocks_buffers(kind, contiguous, monkeypatch
 # ---- several ranks -------------------------------------------------------------------------------
 
 
-def run_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.save(train(rank, 2, dist.group.WORLD), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def share(rank, _):
+    return train(rank, 2, dist.group.WORLD)
 
 
 def train(rank, ranks, group):
@@ -681,12 +677,7 @@ def rounded(rank, ranks, group):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run_rank, args=(port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(share, tmp_path_factory.mktemp("ranks"))
 
 
 def test_two_ranks_round_as_one(two_ranks):

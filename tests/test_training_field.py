@@ -3,7 +3,6 @@
 import copy
 import shutil
 import signal
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from matplotlib.image import imread
+from ranks import on_two_ranks
 from runs import (
     SHORT,
     assert_same,
@@ -276,9 +274,7 @@ def run_part(training, steps):
     return torch.stack(losses).tolist()
 
 
-def run_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def share(rank, folder):
     ranks = Ranks(rank, 2, torch.device("cpu"))
     results = {}
     for name, settings in TWO.items():
@@ -292,8 +288,7 @@ def run_rank(rank, port, folder):
             "losses": losses, "measures": training.measures(), "saved": saved,
             "went on": run_part(again, [5, 6]), "later": again.state_dict(),
         }  # fmt: skip
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_ranks_hold_what_one_holds(tmp_path):
@@ -307,11 +302,7 @@ def test_two_ranks_hold_what_one_holds(tmp_path):
             "losses": losses, "measures": training.measures(), "saved": saved,
             "went on": run_part(training, [5, 6]), "later": training.state_dict(),
         }  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run_rank, args=(port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = on_two_ranks(share, tmp_path)
     for name, wanted in alone.items():
         for found in (rank[name] for rank in ranks):
             for part in ("losses", "measures", "went on"):
