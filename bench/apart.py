@@ -1,6 +1,6 @@
 """Work in a process of its own: a fork of one that has run nothing, so that what others left behind
-(the C library's heap, whose state halves or doubles the time of what allocates N² numbers; caches;
-pools of threads) neither helps nor hurts."""
+(the C library's heap, which halved one time of what allocates N² numbers and added half to another;
+caches; pools of threads) neither helps nor hurts."""
 
 from __future__ import annotations
 

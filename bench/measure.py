@@ -92,7 +92,7 @@ def measure(
                 except KeyboardInterrupt as stop:  # the times are there: they are kept
                     interruption = stop
                 except Died as death:  # and so they are
-                    found = replace(found, detail=f"no peak: {death}")
+                    found = replace(found, detail=f"{found.detail} no peak: {death}".strip())
                 except Exception as error:
                     found = replace(
                         found, p20=None, p50=None, p80=None, samples=0, **failure(error)
