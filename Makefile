@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test matrix check format bench clean
 
 demo: $(READY)          ## train on handwritten digits, evaluate before and after
 	$(BIN)/rkdo train --out runs/demo --overwrite
 
 test: $(READY)          ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+matrix:                 ## the whole suite as on other machines: versions, instruction sets, threads
+	$(PYTHON) tests/matrix.py
 
 check: $(READY)         ## format, lint, types, tests
 	$(BIN)/ruff format --check .

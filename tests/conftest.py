@@ -7,7 +7,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
-torch.set_num_threads(1)  # the tensors are small: threads would wait for one another
+# The tensors are small: threads would wait for one another. Other numbers are for tests/matrix.py.
+torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 @pytest.fixture
