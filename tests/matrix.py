@@ -28,6 +28,7 @@ COUNTED = re.compile(r"(\d+) (passed|failed|errors?|skipped|warnings?)")
 class Environment:
     python: str  # its version, X.Y
     torch: str  # the requirement
+    others: tuple[str, ...] = ()  # further ones
 
     @property
     def folder(self) -> Path:
@@ -39,7 +40,7 @@ class Environment:
         ready = self.folder / "bin" / "python"
         if not (self.folder / ".ready").exists():
             subprocess.run([f"python{self.python}", "-m", "venv", self.folder], check=True)
-            install = [ready, "-m", "pip", "install", "--quiet", self.torch, "torchvision"]
+            install = [ready, "-m", "pip", "install", "--quiet", self.torch, *self.others]
             subprocess.run([*install, "--editable", f"{ROOT}[dev]"], check=True)
             (self.folder / ".ready").touch()
         return ready
@@ -53,7 +54,9 @@ class Machine:
     options: tuple[str, ...] = ()
 
 
-OLDEST, NEWEST = Environment("3.12", "torch==2.11.*"), Environment("3.13", "torch")
+# Triton 3.6's interpreter does not take the newest NumPy.
+OLDEST = Environment("3.12", "torch==2.11.*", ("numpy==2.2.*",))
+NEWEST = Environment("3.13", "torch")
 USUAL = Environment("3.11", "torch==2.14.*")
 MACHINES = [
     Machine("usual", USUAL),
