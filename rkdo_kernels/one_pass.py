@@ -84,7 +84,8 @@ class Run:
         self.rows, self.cols = tiles.split(self.count, m, queries.element_size())
         self.starts = range(0, m, self.cols)
         tile = self.rows * self.cols
-        self.kept = queries.new_empty(len(self.starts) if any(needs) else 1, 2, tile)
+        count = len(self.starts) if any(needs) else 1
+        self.x, self.e = (queries.new_empty(count, tile) for _ in range(2))
         self.work = queries.new_empty(tile)
 
     def blocks(self, degree: int) -> Iterator[tuple[slice, list[Columns]]]:
@@ -111,7 +112,7 @@ class Columns:
         def view(memory: Tensor) -> Tensor:
             return memory[: height * self.width].view(height, self.width)
 
-        self.x, self.e = (view(x) for x in run.kept[index % len(run.kept)])
+        self.x, self.e = (view(x[index % len(x)]) for x in (run.x, run.e))
         self.work = view(run.work)
         if degree == 0:  # nothing but e is needed
             self.x = self.work = self.e

@@ -11,6 +11,7 @@ from .needs import BOTH, Needs
 
 ROWS, COLS = 256, 1024  # of a tile
 LEAST_ROWS = 32
+SMALL = 1 << 17  # entries of S up to which two tiles' rows hold it: operators are the cost
 KEPT_BYTES = 32 << 20  # of two tiles' buffers for all keys of a block of rows
 STRIP_BYTES = 2 << 20  # of a strip's buffers together: they stay in the cores' caches
 
@@ -22,7 +23,8 @@ def split(n: int, m: int, size: int) -> tuple[int, int]:
     product of another shape adds up in another order or in another kernel, S differs in its last
     bits, and 1/τ multiplies the difference in rows that one key dominates.
     """
-    rows = min(KEPT_BYTES // (2 * m * size), ROWS, (n + 3) // 4)
+    parts = 2 if n * m <= SMALL else 4
+    rows = min(KEPT_BYTES // (2 * m * size), ROWS, -(-n // parts))
     return min(max(rows, LEAST_ROWS), n), min(m, COLS)
 
 
