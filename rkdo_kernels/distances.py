@@ -26,7 +26,7 @@ class Distances:
     def __init__(self, queries: Tensor, keys: Tensor) -> None:
         self.dtype = queries.dtype
         self.queries, self.keys = compute(queries), compute(keys)
-        self.wide = self.queries.device.type == "cpu" and self.queries.dtype == torch.float32
+        self.wide = is_wide(self.queries)
         self.near = False
         if not self.wide:
             return
@@ -88,3 +88,8 @@ class Gradients:
         if of.wide and self.to_keys:
             d_keys = d_keys[:, :-2] / -2 - d_keys[:, -1:] * of.cols[:, :-2]
         return d_queries.to(of.dtype), d_keys.to(of.dtype)
+
+
+def is_wide(x: Tensor) -> bool:
+    """Whether float64 has digits to lose, and its products cost little."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
