@@ -1,4 +1,4 @@
-"""Tiles of squared distances, and the gradients through them, with the digits that differences have.
+"""Tiles of squared distances, and gradients through them, with the digits that differences have.
 
 ‖zq‖² + ‖zk‖² − 2 zq·zk in the inputs' dtype loses what distances are smaller than rows are long.
 """
@@ -17,7 +17,8 @@ NEAR = 2.0**12  # ‖row − mean‖ up to which float64 cancels to 2⁻²⁶ at
 class Distances:
     """On a CPU float32's differences are products of float64, which has digits to lose:
 
-        ‖zq − zk‖² = (−2 zq, ‖zq‖², 1) · (zk, 1, ‖zk‖²),   Σ_j g_j (zk_j − zq) = Σ_j g_j zk_j − zq Σ_j g_j
+        ‖zq − zk‖² = (−2 zq, ‖zq‖², 1) · (zk, 1, ‖zk‖²)
+        Σ_j g_j (zk_j − zq) = Σ_j g_j zk_j − zq Σ_j g_j
 
     of rows less the keys' mean. float64's, other devices', and of rows far apart, the distances
     themselves, are formed number by number, which takes as many passes as there are dimensions.

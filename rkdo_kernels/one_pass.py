@@ -94,7 +94,9 @@ class Run:
             rows = slice(start, min(start + self.rows, self.count))
             if rows.stop - start != height:
                 height = rows.stop - start
-                columns = [Columns(self, index, height, degree) for index in range(len(self.starts))]
+                columns = [
+                    Columns(self, index, height, degree) for index in range(len(self.starts))
+                ]
             yield rows, columns
 
 

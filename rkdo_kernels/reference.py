@@ -186,7 +186,7 @@ def snapshot_target(
 
 
 def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:  # [N, D], [M, D] -> [N, M]
-    """‖zq_i − zk_j‖² by differences: ‖zq‖² + ‖zk‖² − 2 zq·zk loses its digits where rows are long."""
+    """‖zq_i − zk_j‖² by differences: ‖zq‖² + ‖zk‖² − 2 zq·zk cancels where rows are long."""
     entries = len(queries) * keys.numel()
     if entries > MOST_DIFFERENCES and queries.dtype in (torch.float32, torch.float64):
         mode = "donot_use_mm_for_euclid_dist"

@@ -358,4 +358,3 @@ class Recursion:
             self.strip.diagonal(at_positive[rows, None].expand_as(g), self.positive[0])
         )
         return g
-

@@ -54,9 +54,7 @@ def views(name, n, d, dtype=torch.float32):
 @pytest.mark.parametrize("name", MAPS)
 def test_as_accurate_as_differences(name, n, d, backend, tiles):
     assert_as_accurate(
-        lambda **x: icon_loss(
-            **x, kernel="student", bound=None, backend=backend, reduction="none"
-        ),
+        lambda **x: icon_loss(**x, kernel="student", bound=None, backend=backend, reduction="none"),
         lambda **x: reference.icon_loss(**x, kernel="student"),
         views(name, n, d),
         scale=2 * torch.log1p(torch.tensor(1e19)).item(),

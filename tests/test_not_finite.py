@@ -1,7 +1,7 @@
 """Rows that hold ∞ or NaN: no plausible number where eager code in float64 has none.
 
-A query poisons its own row alone. A key may poison every row, as every row meets it: a similarity of
-−∞ is a weight of 0 in eager code, and may be NaN in ours, but it is never another number.
+A query poisons its own row alone. A key may poison every row, as every row meets it: a similarity
+of −∞ is a weight of 0 in eager code, and may be NaN in ours, but it is never another number.
 """
 
 import pytest

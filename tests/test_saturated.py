@@ -55,7 +55,9 @@ def test_as_accurate_as_eager(name, n, monkeypatch):
         given = settings if name == "logsumexp" else {**settings, "reduction": reduction}
         assert_as_accurate(
             lambda given=given, **x: function(**x, **given),
-            lambda r=reduction, **x: (lambda y: y if r == "none" else y.sum())(eager(**x, **others)),
+            lambda r=reduction, **x: (lambda y: y if r == "none" else y.sum())(
+                eager(**x, **others)
+            ),
             misled(n),
             scale=1 / settings["temperature"],
         )
