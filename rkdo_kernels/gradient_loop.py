@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .parts import store_part
-from .primitives import LANES, fold, into, load_rows, similarity_tile, walk
+from .primitives import add_pulls, distance_tile, into, load_rows, similarity_tile, walk
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def gradient_loop(
     KEY_VALUES: tl.constexpr,  # (tables, first_j, m, COLS, AXIS, MASKED): what keys j need
     TILE: tl.constexpr,  # (s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST): G
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
-    BETWEEN: tl.constexpr,  # S enters by differences zq − zk
+    BETWEEN: tl.constexpr,  # s is ‖zq − zk‖², and G weighs differences
     SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -52,28 +52,23 @@ def gradient_loop(
         own_ptr, own_stride, n_own = keys_ptr, keys_stride, m
         other_ptr, other_stride, n_other = queries_ptr, queries_stride, n
         values = KEY_VALUES(tables, first, m, OWN, 1, True)
-    own = load_rows(own_ptr, own_stride, first, n_own, 0, dim, OWN, WIDTH, FULL, True, UPCAST)
+    own = 0.0
+    if not BETWEEN:
+        own = load_rows(own_ptr, own_stride, first, n_own, 0, dim, OWN, WIDTH, FULL, True, UPCAST)
     acc = tl.zeros([OWN, WIDTH], tl.float32)
-    sums = tl.zeros([OWN, LANES], tl.float32)  # of G, in parts
     begin, whole, stop = walk(span, n_other, SPLIT, OTHER)
     for start in range(begin, whole, OTHER):
-        acc, sums = add_gradient(
-            acc, sums, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
+        acc = add_gradient(
+            acc, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
             start, n_other, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
             WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN, OTHER, False,
         )  # fmt: skip
     if whole < stop:
-        acc, sums = add_gradient(
-            acc, sums, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
+        acc = add_gradient(
+            acc, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
             whole, n_other, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
             WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN, OTHER, True,
         )  # fmt: skip
-    if BETWEEN:
-        if CHUNKS > 1:
-            own = load_rows(
-                own_ptr, own_stride, first, n_own, stripe, dim, OWN, WIDTH, FULL, True, UPCAST
-            )
-        acc -= own.to(tl.float32) * tl.sum(sums, 1)[:, None]
     own_rows = first + tl.arange(0, OWN)
     store_part(gradient_ptr, own_rows, n_own, stripe, dim, acc, WIDTH, SPLIT)
 
@@ -81,8 +76,7 @@ def gradient_loop(
 @triton.jit
 def add_gradient(
     acc,  # [OWN, WIDTH]
-    sums,  # [OWN, LANES]
-    own,  # [OWN, WIDTH], the kept operand's first columns
+    own,  # [OWN, WIDTH], the kept operand's first columns, unless BETWEEN
     values,  # of the kept operand
     own_ptr,
     own_stride,
@@ -110,23 +104,34 @@ def add_gradient(
     OTHER: tl.constexpr,
     LAST: tl.constexpr,  # some rows of the other operand may be past the last
 ):
-    """acc and sums with the tile of rows first and start of the kept and the other operand."""
-    other = load_rows(
-        other_ptr, other_stride, start, n_other, 0, dim, OTHER, WIDTH, FULL, LAST, UPCAST
-    )
+    """acc with the tile of rows first and start of the kept and the other operand."""
     if QUERIES:
         rows, keys, SIGN = values, KEY_VALUES(tables, start, n_other, OTHER, 0, LAST), 1
     else:
         rows, keys, SIGN = ROW_VALUES(tables, start, n_other, OTHER, 0, LAST), values, -1
-    s = similarity_tile(
-        own, other, own_ptr, own_stride, first, n_own, other_ptr, other_stride, start, n_other, dim,
-        OWN, OTHER, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
-    )  # fmt: skip
-    g = TILE(s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST)
     if BETWEEN:
-        sums += fold(g, OWN, OTHER)
-    if CHUNKS > 1:
+        s = distance_tile(
+            own_ptr, own_stride, first, n_own, other_ptr, other_stride, start, n_other, dim,
+            OWN, OTHER,
+        )  # fmt: skip
+        g = TILE(s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST)
+        acc = add_pulls(
+            acc, g, own_ptr, own_stride, first, n_own, other_ptr, other_stride, start, n_other, dim,
+            stripe, WIDTH, OWN, OTHER,
+        )  # fmt: skip
+    else:
         other = load_rows(
-            other_ptr, other_stride, start, n_other, stripe, dim, OTHER, WIDTH, FULL, LAST, UPCAST
+            other_ptr, other_stride, start, n_other, 0, dim, OTHER, WIDTH, FULL, LAST, UPCAST
         )
-    return into(acc, g, other, GRADIENT_PRECISION), sums
+        s = similarity_tile(
+            own, other, own_ptr, own_stride, first, n_own, other_ptr, other_stride, start, n_other,
+            dim, OWN, OTHER, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+        )  # fmt: skip
+        g = TILE(s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST)
+        if CHUNKS > 1:
+            other = load_rows(
+                other_ptr, other_stride, start, n_other, stripe, dim, OTHER, WIDTH, FULL, LAST,
+                UPCAST,
+            )  # fmt: skip
+        acc = into(acc, g, other, GRADIENT_PRECISION)
+    return acc

@@ -12,18 +12,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import quadrature
+from . import quadrature, tiles
 from .needs import Needs
 from .tiles import Gradients, sums
-
-ROWS, COLS = 256, 1024  # of a tile
-LEAST_ROWS = 32
-KEPT_BYTES = 32 << 20  # of the tiles of a block of rows, of which there are four if they are large
 
 
 def fits(keys: int, size: int) -> bool:
     """Whether a block of rows, with S and exp(c S) over all of the keys, may be kept."""
-    return 2 * LEAST_ROWS * keys * size <= KEPT_BYTES
+    return 2 * tiles.LEAST_ROWS * keys * size <= tiles.KEPT_BYTES
 
 
 def recursion_moments(
@@ -53,17 +49,17 @@ def recursion_moments(
     powers = powers.to(queries.device)
     loss, at_positive = torch.empty_like(positive), torch.empty_like(positive)
     weights = loss.new_empty(len(queries), degree + 1)
-    for rows, tiles in run.blocks(degree):
+    for rows, columns in run.blocks(degree):
         block = queries[rows]
-        for tile in tiles:
+        for tile in columns:
             tile.add_up(block, rows.start, x_scale, e_scale, exclude)
-        moments = torch.stack([tile.sums for tile in tiles]).sum(0, dtype=loss.dtype).T * powers
+        moments = torch.stack([tile.sums for tile in columns]).sum(0, dtype=loss.dtype).T * powers
         loss[rows], weights[rows], at_positive[rows] = quadrature.recursion(
             moments, positive[rows], rule, detach_target
         )
         if gradient:
             w = (weights[rows] * powers).to(queries.dtype).T[:, :, None].contiguous().unbind()
-            for tile in reversed(tiles):  # what was formed last is in the cache yet
+            for tile in reversed(columns):  # what was formed last is in the cache yet
                 tile.add_gradient(block, w, run.gradients.d_queries[rows], needs)
     nothing = loss.new_empty(0)
     if not gradient:
@@ -85,22 +81,23 @@ class Run:
         self.gradients = Gradients(queries, keys, needs)
         queries, keys = self.gradients.queries, self.gradients.keys
         self.count, m = len(queries), len(keys)
-        row_bytes = 2 * m * queries.element_size()
-        self.rows = min(KEPT_BYTES // row_bytes, ROWS, (self.count + 3) // 4)
-        self.rows = min(max(self.rows, LEAST_ROWS), self.count)
-        self.starts = range(0, m, COLS)
-        tile = self.rows * min(COLS, m)
-        self.kept = queries.new_empty(len(self.starts) if any(needs) else 1, 2, tile)
+        self.rows, self.cols = tiles.split(self.count, m, queries.element_size())
+        self.starts = range(0, m, self.cols)
+        tile = self.rows * self.cols
+        count = len(self.starts) if any(needs) else 1
+        self.x, self.e = (queries.new_empty(count, tile) for _ in range(2))
         self.work = queries.new_empty(tile)
 
     def blocks(self, degree: int) -> Iterator[tuple[slice, list[Columns]]]:
-        height, tiles = 0, []
+        height, columns = 0, []
         for start in range(0, self.count, self.rows):
             rows = slice(start, min(start + self.rows, self.count))
             if rows.stop - start != height:
                 height = rows.stop - start
-                tiles = [Columns(self, index, height, degree) for index in range(len(self.starts))]
-            yield rows, tiles
+                columns = [
+                    Columns(self, index, height, degree) for index in range(len(self.starts))
+                ]
+            yield rows, columns
 
 
 class Columns:
@@ -110,14 +107,14 @@ class Columns:
     def __init__(self, run: Run, index: int, height: int, degree: int) -> None:
         self.first = run.starts[index]
         keys, d_keys = run.gradients.keys, run.gradients.d_keys
-        self.keys, self.d_keys = (x[self.first : self.first + COLS] for x in (keys, d_keys))
+        self.keys, self.d_keys = (x[self.first : self.first + run.cols] for x in (keys, d_keys))
         self.keys_t = self.keys.T
         self.width = len(self.keys)
 
         def view(memory: Tensor) -> Tensor:
             return memory[: height * self.width].view(height, self.width)
 
-        self.x, self.e = (view(x) for x in run.kept[index % len(run.kept)])
+        self.x, self.e = (view(x[index % len(x)]) for x in (run.x, run.e))
         self.work = view(run.work)
         if degree == 0:  # nothing but e is needed
             self.x = self.work = self.e

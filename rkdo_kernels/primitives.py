@@ -72,6 +72,84 @@ def similarity_tile(
 
 
 @triton.jit
+def differences(
+    own_ptr,
+    own_stride,
+    first,
+    n_own,
+    other_ptr,
+    other_stride,
+    start,
+    n_other,
+    at,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+):  # [OWN, OTHER], fp32
+    """other_j − own_i in column `at`; rows past the last are 0."""
+    i = tl.arange(0, OWN)
+    j = tl.arange(0, OTHER)
+    own_ptr += tl.cast(first, tl.int64) * own_stride + at
+    other_ptr += tl.cast(start, tl.int64) * other_stride + at
+    own = tl.load(own_ptr + i.to(tl.int64) * own_stride, mask=i < n_own - first, other=0.0)
+    other = tl.load(other_ptr + j.to(tl.int64) * other_stride, mask=j < n_other - start, other=0.0)
+    return other.to(tl.float32)[None, :] - own.to(tl.float32)[:, None]
+
+
+@triton.jit
+def distance_tile(
+    own_ptr,
+    own_stride,
+    first,
+    n_own,
+    other_ptr,
+    other_stride,
+    start,
+    n_other,
+    dim,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+):  # [OWN, OTHER], fp32
+    """‖own_i − other_j‖², by differences: products cancel where rows are long."""
+    total = tl.zeros([OWN, OTHER], tl.float32)
+    for at in range(dim):
+        between = differences(
+            own_ptr, own_stride, first, n_own, other_ptr, other_stride, start, n_other, at,
+            OWN, OTHER,
+        )  # fmt: skip
+        total += between * between
+    return total
+
+
+@triton.jit
+def add_pulls(
+    acc,
+    g,
+    own_ptr,
+    own_stride,
+    first,
+    n_own,
+    other_ptr,
+    other_stride,
+    start,
+    n_other,
+    dim,
+    stripe,
+    WIDTH: tl.constexpr,
+    OWN: tl.constexpr,
+    OTHER: tl.constexpr,
+):  # [OWN, WIDTH]
+    """acc + Σ_j g_ij (other_j − own_i) in columns stripe .. stripe + WIDTH."""
+    column = tl.arange(0, WIDTH)[None, :]
+    for at in range(stripe, tl.minimum(stripe + WIDTH, dim)):
+        between = differences(
+            own_ptr, own_stride, first, n_own, other_ptr, other_stride, start, n_other, at,
+            OWN, OTHER,
+        )  # fmt: skip
+        acc += tl.where(column == at - stripe, tl.sum(g * between, 1)[:, None], 0.0)
+    return acc
+
+
+@triton.jit
 def on_diagonal(i, j, offset):  # [ROWS], [COLS] -> [ROWS, COLS]
     return (j[None, :] - i[:, None]) == offset
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MOST_DIFFERENCES = 1 << 24  # to hold all at once; more are torch.cdist's, which has one derivative
+
 
 def rkdo_loss(
     queries: Tensor,  # [N, D]
@@ -54,10 +56,10 @@ def icon_loss(
 
     q = softmax of S / τ ("gaussian"), or of −log(1 + ‖zq_i − zk_j‖²) / τ ("student").
     """
-    logits = queries @ keys.T
     if kernel == "student":
-        squares = queries.square().sum(1)[:, None] + keys.square().sum(1)
-        logits = -torch.log1p(squares - 2 * logits)
+        logits = -torch.log1p(squared_distances(queries, keys))
+    else:
+        logits = queries @ keys.T
     p = torch.full_like(logits, debias / len(keys))
     p.diagonal(positive_offset).add_(1 - debias)
     return kl_divergence(p, torch.log_softmax(logits / temperature, dim=1))
@@ -181,6 +183,15 @@ def snapshot_target(
     p = p + torch.where(mass > 0, rest * initial / mass, 0)
     mass = p.sum(1, keepdim=True)
     return torch.where(mass > 0, p / mass, 0)
+
+
+def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:  # [N, D], [M, D] -> [N, M]
+    """‖zq_i − zk_j‖² by differences: ‖zq‖² + ‖zk‖² − 2 zq·zk cancels where rows are long."""
+    entries = len(queries) * keys.numel()
+    if entries > MOST_DIFFERENCES and queries.dtype in (torch.float32, torch.float64):
+        mode = "donot_use_mm_for_euclid_dist"
+        return torch.cdist(queries, keys, compute_mode=mode).square()
+    return (queries[:, None] - keys).square().sum(2)
 
 
 def kl_divergence(p: Tensor, log_q: Tensor) -> Tensor:

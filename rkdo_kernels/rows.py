@@ -47,7 +47,7 @@ def one_hot(problem: Problem, reduction: str, exclude: Sequence[int] = ()) -> Te
     if isinstance(temperature, Tensor) or not odds_are_safe(problem):
         others = logsumexp(problem, [problem.offset, *exclude])
         logit = problem.inverse_temperature() * problem.positive_similarities()
-        return torch.logaddexp(others - logit, torch.zeros_like(logit))
+        return torch.logaddexp(others - logit, 0 * logit.clamp_min(0))  # NaN, not 0, if logit = ∞
     scales = [1 / temperature] * 2
     return rkdo_from_moments(problem, 0, scales, 0.0, False, reduction, exclude)
 

@@ -14,6 +14,7 @@ from .primitives import (
     LANES,
     LOG2E,
     block_values,
+    distance_tile,
     fold,
     leave_out,
     load_rows,
@@ -31,8 +32,6 @@ LEFT_OUT = tl.constexpr(-2e30)
 def _softmax_sums_fwd(
     queries_ptr,  # [N, D]         in
     keys_ptr,  # [M, D]            in
-    queries_square_ptr,  # [N]     in, ‖zq‖², for STUDENT
-    keys_square_ptr,  # [M]        in
     scales_ptr,  # [SCALES]        in, c_t
     peak_ptr,  # [N]               out; the four of a split follow one another
     mass_ptr,  # [N, SCALES]       out
@@ -63,10 +62,12 @@ def _softmax_sums_fwd(
     peak = max_j x,  mass_t = Σ_j exp(c_t (x − peak)),  slope_t = ∂mass_t/∂c_t,  total = Σ_j x
     """
     first_i = tl.program_id(0) * ROWS
-    q = load_rows(queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST)
+    q = 0.0
+    if not STUDENT:
+        q = load_rows(
+            queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST
+        )
     scales = scalars(scales_ptr, SCALES)
-    tables = (keys_square_ptr, exclude_a, exclude_b)
-    square = block_values(queries_square_ptr, 1, first_i, n, ROWS, 1, True) if STUDENT else 0.0
     peak = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS, LANES], tl.float32)
     mass = ()
@@ -77,13 +78,13 @@ def _softmax_sums_fwd(
     start, whole, stop = walk(span, m, SPLIT, COLS)
     for first_j in range(start, whole, COLS):
         peak, total, mass, slope = add_sums(
-            peak, total, mass, slope, q, square, scales, tables, queries_ptr, queries_stride,
+            peak, total, mass, slope, q, scales, exclude_a, exclude_b, queries_ptr, queries_stride,
             first_i, n, keys_ptr, keys_stride, first_j, m, dim, STUDENT, EXCLUDE, ROWS, COLS, WIDTH,
             CHUNKS, FULL, PRECISION, UPCAST, False,
         )  # fmt: skip
     if whole < stop:
         peak, total, mass, slope = add_sums(
-            peak, total, mass, slope, q, square, scales, tables, queries_ptr, queries_stride,
+            peak, total, mass, slope, q, scales, exclude_a, exclude_b, queries_ptr, queries_stride,
             first_i, n, keys_ptr, keys_stride, whole, m, dim, STUDENT, EXCLUDE, ROWS, COLS, WIDTH,
             CHUNKS, FULL, PRECISION, UPCAST, True,
         )  # fmt: skip
@@ -109,9 +110,9 @@ def add_sums(
     mass,
     slope,
     q,
-    square,  # ‖zq‖², [ROWS, 1]
     scales,
-    tables,
+    exclude_a,
+    exclude_b,
     queries_ptr,
     queries_stride,
     first_i,
@@ -133,15 +134,18 @@ def add_sums(
     LAST: tl.constexpr,  # some keys may be past the last
 ):
     """The sums with a tile more, all of them for the peak of both."""
-    keys_square_ptr, exclude_a, exclude_b = tables
-    k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, LAST, UPCAST)
-    x = similarity_tile(
-        q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
-        ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
-    )  # fmt: skip
     if STUDENT:
-        keys_square = block_values(keys_square_ptr, 1, first_j, m, COLS, 0, LAST)
-        x = -tl.log(student_distance(x, square, keys_square))
+        square = distance_tile(
+            queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
+            ROWS, COLS,
+        )  # fmt: skip
+        x = -log1p(square)
+    else:
+        k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, LAST, UPCAST)
+        x = similarity_tile(
+            q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
+            ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
+        )  # fmt: skip
     if LAST:
         there = (first_j + tl.arange(0, COLS) < m)[None, :]
         x = tl.where(there, x, 0.0)
@@ -208,8 +212,6 @@ def _join_sums(
 def _softmax_sums_bwd(
     queries_ptr,  # [N, D]            in
     keys_ptr,  # [M, D]               in
-    queries_square_ptr,  # [N]        in
-    keys_square_ptr,  # [M]           in
     scales_ptr,  # [SCALES]           in
     peak_ptr,  # [N]                  in
     weights_ptr,  # [N, SCALES]       in, ∂L/∂mass
@@ -242,7 +244,7 @@ def _softmax_sums_bwd(
         queries_ptr, keys_ptr, gradient_ptr, queries_stride, keys_stride, n, m, dim, span,
         (
             scalars(scales_ptr, SCALES), peak_ptr, total_weight_ptr, weights_ptr,
-            queries_square_ptr, keys_square_ptr, exclude_a, exclude_b, STUDENT, EXCLUDE,
+            exclude_a, exclude_b, STUDENT, EXCLUDE,
         ),
         row_values, key_values, gradient_tile, QUERIES, STUDENT, SPLIT, WIDTH, CHUNKS, FULL,
         PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
@@ -251,24 +253,21 @@ def _softmax_sums_bwd(
 
 @triton.jit
 def row_values(tables, first_i, n, ROWS: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr):
-    """peak, total_weight, weights_t c_t for all t, and ‖zq‖² for STUDENT."""
-    scales, peak_ptr, total_weight_ptr, weights_ptr, square_ptr, _, _, _, _, _ = tables
-    STUDENT: tl.constexpr = tables[8]
+    """peak, total_weight, and weights_t c_t for all t."""
+    scales, peak_ptr, total_weight_ptr, weights_ptr, _, _, _, _ = tables
     weights = ()
     for t in tl.static_range(len(scales)):
         w = block_values(weights_ptr + t, len(scales), first_i, n, ROWS, AXIS, MASKED)
         weights = weights + (w * scales[t],)
     peak = block_values(peak_ptr, 1, first_i, n, ROWS, AXIS, MASKED)
     total_weight = block_values(total_weight_ptr, 1, first_i, n, ROWS, AXIS, MASKED)
-    square = block_values(square_ptr, 1, first_i, n, ROWS, AXIS, MASKED) if STUDENT else 0.0
-    return peak, total_weight, weights, square
+    return peak, total_weight, weights
 
 
 @triton.jit
 def key_values(tables, first_j, m, COLS: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr):
-    """‖zk‖² for STUDENT."""
-    STUDENT: tl.constexpr = tables[8]
-    return block_values(tables[5], 1, first_j, m, COLS, AXIS, MASKED) if STUDENT else 0.0
+    """Keys need none."""
+    return ()
 
 
 @triton.jit
@@ -276,7 +275,7 @@ def gradient_tile(
     s,
     tables,
     rows,
-    keys_square,
+    keys,
     first,
     start,
     n_other,
@@ -286,29 +285,30 @@ def gradient_tile(
     LAST: tl.constexpr,
 ):
     """∂L/∂x = Σ_t weights_t c_t exp(c_t (x − peak)) + total_weight; for STUDENT that · 2 / v."""
-    scales, _, _, _, _, _, exclude_a, exclude_b, _, _ = tables
-    STUDENT: tl.constexpr = tables[8]
-    EXCLUDE: tl.constexpr = tables[9]
-    peak, g, weights, square = rows
+    scales, _, _, _, exclude_a, exclude_b, _, _ = tables
+    STUDENT: tl.constexpr = tables[6]
+    EXCLUDE: tl.constexpr = tables[7]
+    peak, g, weights = rows
     x = s
     if STUDENT:
-        distance = student_distance(s, square, keys_square)
-        x = -tl.log(distance)
+        x = -log1p(s)
     x = x - peak
     for t in tl.static_range(len(scales)):
         g = g + weights[t] * tl.exp2(x * (scales[t] * LOG2E))
     if STUDENT:
-        g = 2.0 * g / distance
+        g = 2.0 * g / (1.0 + s)
     if LAST:
         g = tl.where((start + tl.arange(0, OTHER) < n_other)[None, :], g, 0.0)
     return leave_out(g, first, start, SIGN * exclude_a, SIGN * exclude_b, EXCLUDE, OWN, OTHER)
 
 
 @triton.jit
-def student_distance(s, queries_square, keys_square):
-    """1 + ‖zq_i − zk_j‖², [ROWS, COLS]."""
-    square = queries_square + keys_square - 2.0 * s
-    return 1.0 + tl.maximum(square, 0.0, propagate_nan=tl.PropagateNan.ALL)
+def log1p(x):
+    """With x's digits: the rounding of 1 + x cancels in log(1 + x) / ((1 + x) − 1)."""
+    y = 1.0 + x
+    small = x < 0.5  # ∞ − 1 and ∞ / ∞ have no place here
+    return tl.where(small & (y > 1.0), tl.log(y) * (x / tl.where(y > 1.0, y - 1.0, 1.0)),
+                    tl.where(small, x, tl.log(y)))  # fmt: skip
 
 
 def softmax_sums(
@@ -327,7 +327,7 @@ def softmax_sums(
         return peak, mass.view(n, -1), slope.view(n, -1), total
 
     _softmax_sums_fwd[(blocks, 1, splits)](
-        queries, keys, *squares(queries, keys, student), scales, *tables(out.view(-1)[: len(sums)]),
+        queries, keys, scales, *tables(out.view(-1)[: len(sums)]),
         queries.stride(0), keys.stride(0), n, m, dim, *launch.excluded(exclude), span,
         SCALES=len(scales), STUDENT=student, EXCLUDE=len(exclude), SPLIT=splits > 1,
         **launch.dims(queries, config.width), ROWS=config.rows, COLS=config.cols, **config.options,
@@ -363,7 +363,7 @@ def softmax_sums_backward(
             gradient, config, dims["CHUNKS"], to_queries, len(walked), launch.CROWDED
         )
         _softmax_sums_bwd[grid](
-            queries, keys, *squares(queries, keys, student), scales, *rows, out,
+            queries, keys, scales, *rows, out,
             queries.stride(0), keys.stride(0), queries.shape[0], keys.shape[0], queries.shape[1],
             *launch.excluded(exclude), span, QUERIES=to_queries, SCALES=len(scales),
             STUDENT=student, EXCLUDE=len(exclude), SPLIT=grid[2] > 1, **dims,
@@ -376,10 +376,3 @@ def softmax_sums_backward(
 
 def table_name(student: bool) -> str:
     return "student_sums" if student else "softmax_sums"
-
-
-def squares(queries: Tensor, keys: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """‖zq_i‖², [N], and ‖zk_j‖², [M], fp32; if they are not wanted, tensors that nobody reads."""
-    if not wanted:
-        return queries, keys
-    return queries.float().square().sum(1), keys.float().square().sum(1)

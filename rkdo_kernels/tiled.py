@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import distances as apart
+from .distances import Distances
 from .needs import BOTH, Needs
 from .one_pass import recursion_moments as recursion_moments
-from .tiles import Gradients, Tile, compute, sums, tiles
+from .tiles import Gradients, Strip, compute, sums, tiles
 
 
 def moments(
@@ -26,13 +28,14 @@ def moments(
     """Σ_j exp(c_0 S_ij) (S_ij / b)^k."""
     queries, keys = compute(queries), compute(keys)
     result = queries.new_zeros(degree + 1, len(queries))
-    for tile in tiles(queries, keys, buffers=2):
-        u, e = tile.similarity(1 / bound), tile.buffers[1]
-        torch.mul(u, scale * bound, out=e).exp_()
-        tile.fill(e, exclude, 0)
-        result[0, tile.rows] += e.sum(1)
-        for k in range(1, degree + 1):
-            result[k, tile.rows] += e.mul_(u).sum(1)
+    for tile in tiles(queries, keys, buffers=1, factor=1 / bound):
+        for strip in tile.strips():
+            u, e = strip.s, strip.buffers[0]
+            torch.mul(u, scale * bound, out=e).exp_()
+            strip.fill(e, exclude, 0)
+            result[0, strip.rows] += e.sum(1)
+            for k in range(1, degree + 1):
+                result[k, strip.rows] += e.mul_(u).sum(1)
     return result.T.contiguous()
 
 
@@ -48,19 +51,20 @@ def moments_backward(
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     """The gradients through S of  ∂L/∂S_ij = exp(c_0 S_ij) Σ_k weights_ik (S_ij / b)^k."""
     gradients = Gradients(queries, keys, needs)
-    for tile in tiles(gradients.queries, gradients.keys, buffers=3):
-        u, e, g = tile.similarity(1 / bound), *tile.buffers[1:]
-        torch.mul(u, scale * bound, out=e).exp_()  # rounded as in the forward pass: errors cancel
-        tile.fill(e, exclude, 0)
-        w = weights[tile.rows].T[:, :, None].unbind()
-        if len(w) == 1:
-            torch.mul(e, w[0], out=g)
-        else:
-            torch.addcmul(w[-2], w[-1], u, out=g)
-            for w_k in w[-3::-1]:
-                torch.addcmul(w_k, g, u, out=g)
-            g.mul_(e)
-        gradients.add(tile, g)
+    for tile in tiles(gradients.queries, gradients.keys, buffers=2, factor=1 / bound):
+        for strip in tile.strips():
+            u, (e, g) = strip.s, strip.buffers
+            torch.mul(u, scale * bound, out=e).exp_()  # rounded as in the forward pass
+            strip.fill(e, exclude, 0)
+            w = weights[strip.rows].T[:, :, None].unbind()
+            if len(w) == 1:
+                torch.mul(e, w[0], out=u)
+            else:
+                torch.addcmul(w[-2], w[-1], u, out=g)
+                for w_k in w[-3::-1]:
+                    torch.addcmul(w_k, g, u, out=g)
+                torch.mul(g, e, out=u)
+        gradients.add(tile)
     if at_positive is not None:
         gradients.add_pairs(at_positive, exclude[0])
     return gradients.result()
@@ -76,11 +80,12 @@ def both_sums(
     queries, keys = compute(queries), compute(keys)
     rows = queries.new_zeros(len(queries), dtype=sums(queries))
     cols = rows.new_zeros(len(keys))
-    for tile in tiles(queries, keys, buffers=1):
-        e = tile.similarity(scale).exp_()
-        tile.fill(e, exclude, 0)
-        rows[tile.rows] += e.sum(1)
-        cols[tile.cols] += e.sum(0)
+    for tile in tiles(queries, keys, buffers=0, factor=scale):
+        for strip in tile.strips():
+            e = strip.s.exp_()
+            strip.fill(e, exclude, 0)
+            rows[strip.rows] += e.sum(1)
+            cols[strip.cols] += e.sum(0)
     return rows, cols
 
 
@@ -96,8 +101,10 @@ def both_sums_backward(
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     """The gradients through S of  ∂L/∂S_ij = exp(c S_ij) (row_weights_i + col_weights_j)."""
     gradients = Gradients(queries, keys, needs)
-    for tile in tiles(gradients.queries, gradients.keys, buffers=2):
-        gradients.add(tile, pair_weights(tile, scale, row_weights, col_weights, exclude))
+    for tile in tiles(gradients.queries, gradients.keys, buffers=1, factor=scale):
+        for strip in tile.strips():
+            weigh(strip, row_weights, col_weights, exclude)
+        gradients.add(tile)
     if at_positive is not None:
         gradients.add_pairs(at_positive, exclude[0])
     return gradients.result()
@@ -107,12 +114,13 @@ def self_sums(images: Tensor, scale: float) -> Tensor:  # [N, D] -> [N]
     """Σ_j exp(c S_ij) off the diagonal of S = images imagesᵀ, from its upper half."""
     x = compute(images)
     result = x.new_zeros(len(x), dtype=sums(x))
-    for tile in tiles(x, x, buffers=1, upper=True):
-        e = tile.similarity(scale).exp_()
-        tile.fill(e, [0], 0)
-        result[tile.rows] += e.sum(1)
-        after = max(tile.rows.stop - tile.cols.start, 0)  # from there on stand mirror images too
-        result[tile.cols][after:] += e[:, after:].sum(0)
+    for tile in tiles(x, x, buffers=0, factor=scale, upper=True):
+        after = tile.mirrored
+        for strip in tile.strips():
+            e = strip.s.exp_()
+            strip.fill(e, [0], 0)
+            result[strip.rows] += e.sum(1)
+            result[strip.cols][after:] += e[:, after:].sum(0)
     return result
 
 
@@ -120,21 +128,21 @@ def self_sums_backward(images: Tensor, scale: float, weights: Tensor) -> Tensor:
     """G images with the G of `both_sums_backward`."""
     x = compute(images)
     result = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    for tile in tiles(x, x, buffers=2, upper=True):
-        g = pair_weights(tile, scale, weights, weights, [0])
-        result[tile.rows].addmm_(g, tile.keys)
-        after = max(tile.rows.stop - tile.cols.start, 0)
-        result[tile.cols][after:].addmm_(g[:, after:].T, tile.queries)
+    for tile in tiles(x, x, buffers=1, factor=scale, upper=True):
+        for strip in tile.strips():
+            weigh(strip, weights, weights, [0])
+        result[tile.rows].addmm_(tile.s, tile.keys)
+        after = tile.mirrored
+        result[tile.cols][after:].addmm_(tile.s[:, after:].T, tile.queries)
     return result.to(images.dtype)
 
 
-def pair_weights(
-    tile: Tile, scale: float, row_weights: Tensor, col_weights: Tensor, exclude: list[int]
-) -> Tensor:
-    e, g = tile.similarity(scale).exp_(), tile.buffers[1]
-    torch.add(row_weights[tile.rows, None], col_weights[tile.cols], out=g).mul_(e)
-    tile.fill(g, exclude, 0)
-    return g
+def weigh(strip: Strip, row_weights: Tensor, col_weights: Tensor, exclude: list[int]) -> None:
+    """exp(c S) (row_weights + col_weights) where the strip had c S."""
+    (weight,) = strip.buffers
+    torch.add(row_weights[strip.rows, None], col_weights[strip.cols], out=weight)
+    strip.s.exp_().mul_(weight)
+    strip.fill(strip.s, exclude, 0)
 
 
 def softmax_sums(
@@ -157,25 +165,27 @@ def softmax_sums(
     peak = queries.new_full((len(queries), 1), lowest)
     mass = queries.new_zeros(len(queries), len(scales), dtype=sums(queries))
     slope, total = torch.zeros_like(mass), torch.zeros_like(mass[:, :1])
-    for tile in tiles(queries, keys, buffers=3 if student else 2):
-        x, e, rows = tile.similarity(), tile.buffers[1], tile.rows
-        if student:
-            x = student_distance(tile, x).log_().neg_()
-        tile.fill(x, exclude, 0)
-        total[rows] += x.sum(1, keepdim=True, dtype=total.dtype)
-        tile.fill(x, exclude, lowest)
-        risen = torch.maximum(peak[rows], x.amax(1, keepdim=True))
-        fall = (peak[rows] - risen).to(mass.dtype)
-        shrink = torch.exp(fall * scales)
-        slope[rows] = shrink * (slope[rows] + fall * mass[rows])
-        mass[rows] *= shrink
-        peak[rows] = risen
-        x.sub_(risen)
-        for t, c in enumerate(scales):
-            torch.mul(x, c, out=e).exp_()
-            tile.fill(e, exclude, 0)
-            mass[rows, t] += e.sum(1, dtype=mass.dtype)
-            slope[rows, t] += e.mul_(x).sum(1, dtype=mass.dtype)
+    form = Distances(queries, keys) if student else None
+    for tile in tiles(queries, keys, buffers=1, form=form):
+        for strip in tile.strips():
+            x, e, rows = strip.s, strip.buffers[0], strip.rows
+            if student:
+                x.log1p_().neg_()
+            strip.fill(x, exclude, 0)
+            total[rows] += x.sum(1, keepdim=True, dtype=total.dtype)
+            strip.fill(x, exclude, lowest)
+            risen = torch.maximum(peak[rows], x.amax(1, keepdim=True))
+            fall = (peak[rows] - risen).to(mass.dtype)
+            shrink = torch.exp(fall * scales)
+            slope[rows] = shrink * (slope[rows] + fall * mass[rows])
+            mass[rows] *= shrink
+            peak[rows] = risen
+            x.sub_(risen)
+            for t, c in enumerate(scales):
+                torch.mul(x, c, out=e).exp_()
+                strip.fill(e, exclude, 0)
+                mass[rows, t] += e.sum(1, dtype=mass.dtype)
+                slope[rows, t] += e.mul_(x).sum(1, dtype=mass.dtype)
     return peak[:, 0], mass, slope, total[:, 0]
 
 
@@ -191,34 +201,28 @@ def softmax_sums_backward(
     needs: Needs = BOTH,
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     """Through  ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i."""
-    gradients = Gradients(queries, keys, needs)
-    scales = scales.to(gradients.queries.dtype)
-    row_sum = gradients.queries.new_zeros(len(queries), 1)
-    col_sum = gradients.keys.new_zeros(len(keys), 1)
+    form = Distances(queries, keys) if student else None
+    gradients = apart.Gradients(form, needs) if form else Gradients(queries, keys, needs)
+    queries, keys = compute(queries), compute(keys)
+    scales = scales.to(queries.dtype)
     steep = weights * scales
-    for tile in tiles(gradients.queries, gradients.keys, buffers=4):
-        x, rows = tile.similarity(), tile.rows
-        _, e, g, distance = tile.buffers
-        if student:
-            distance = student_distance(tile, x)
-            torch.log(distance, out=x).neg_()
-        x.sub_(peak[rows, None])
-        g.copy_(total_weight[rows, None].expand_as(g))
-        for t, c in enumerate(scales):
-            torch.mul(x, c, out=e).exp_()
-            g.addcmul_(e, steep[rows, t : t + 1])
-        tile.fill(g, exclude, 0)
-        if student:  # through v = 1 + ‖zq‖² + ‖zk‖² − 2 S and x = −log v
-            g.div_(distance).mul_(2)
-            if gradients.to_queries:
-                row_sum[rows] += g.sum(1, keepdim=True)
-            if gradients.to_keys:
-                col_sum[tile.cols] += g.sum(0)[:, None]
-        gradients.add(tile, g)
-    if student and gradients.to_queries:
-        gradients.d_queries.addcmul_(gradients.queries, row_sum, value=-1)
-    if student and gradients.to_keys:
-        gradients.d_keys.addcmul_(gradients.keys, col_sum, value=-1)
+    for tile in tiles(queries, keys, buffers=3 if student else 2, form=form):
+        for strip in tile.strips():
+            x, (e, g, *distance), rows = strip.s, strip.buffers, strip.rows
+            if student:  # v = 1 + ‖zq − zk‖², x = −log v
+                torch.add(x, 1, out=distance[0])
+                x.log1p_().neg_()
+            x.sub_(peak[rows, None])
+            g.copy_(total_weight[rows, None].expand_as(g))
+            for t, c in enumerate(scales):
+                torch.mul(x, c, out=e).exp_()
+                g.addcmul_(e, steep[rows, t : t + 1])
+            strip.fill(g, exclude, 0)
+            if student:
+                torch.div(g, distance[0], out=x).mul_(2)
+            else:
+                x.copy_(g)
+        gradients.add(tile)
     return gradients.result()
 
 
@@ -243,8 +247,9 @@ def recursion(
     pull = loss.new_zeros(len(queries), depth)
     slope = loss.new_zeros(len(queries), depth + 1)
     for tile in tiles(queries, keys, buffers=Recursion.buffers(depth)):
-        state = Recursion(tile, scales, alpha, positive_offset, peak, log_mass)
-        state.add_sums(loss, pull, slope, detach_target)
+        for strip in tile.strips():
+            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass)
+            state.add_sums(loss, pull, slope, detach_target)
     return loss, pull, slope
 
 
@@ -265,14 +270,15 @@ def recursion_backward(
     gradients = Gradients(queries, keys, needs)
     depth = len(scales) - 1
     for tile in tiles(gradients.queries, gradients.keys, buffers=Recursion.buffers(depth)):
-        state = Recursion(tile, scales, alpha, positive_offset, peak, log_mass)
-        g = state.gradient(pull, at_positive, detach_target)
-        gradients.add(tile, g.mul_(weights[tile.rows, None]))
+        for strip in tile.strips():
+            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass)
+            state.gradient(pull, at_positive, detach_target).mul_(weights[strip.rows, None])
+        gradients.add(tile)
     return gradients.result()
 
 
 class Recursion:
-    """p_t and q_t of one tile, off the positives, as multiples of q_0, all t at once.
+    """p_t and q_t of one strip, off the positives, as multiples of q_0, all t at once.
 
         E_t = q_t / q_0 = exp((c_t − c_0) (S − peak) − (log_mass_t − log_mass_0))
         r_t = p_t / q_0 = Σ_{s<t} mix_ts E_s,  mix_ts = α (1 − α)^(t−1−s)
@@ -285,17 +291,17 @@ class Recursion:
 
     def __init__(
         self,
-        tile: Tile,
+        strip: Strip,
         scales: Tensor,
         alpha: float,
         positive_offset: int,
         peak: Tensor,
         log_mass: Tensor,
     ) -> None:
-        depth, rows = len(scales) - 1, tile.rows
-        self.tile, self.positive = tile, [positive_offset]
-        self.x, self.q_0, self.term = tile.buffers[:3]
-        stacks = tile.memory[3:].split([depth + 1, depth + 1, depth, depth, depth])
+        depth, rows = len(scales) - 1, strip.rows
+        self.strip, self.positive = strip, [positive_offset]
+        self.x, (self.q_0, self.term) = strip.s, strip.buffers[:2]
+        stacks = strip.memory[2:].split([depth + 1, depth + 1, depth, depth, depth])
         self.e, log_e, self.r, self.w, self.b = stacks
         x = self.x
         dtype = x.dtype
@@ -306,10 +312,10 @@ class Recursion:
         age = t[:, None] - t
         self.mix = (alpha * (1 - alpha) ** age.clamp_min(0).to(sums(x)) * (age >= 0)).to(dtype)
 
-        tile.similarity().sub_(peak[rows, None])
-        tile.fill(x, self.positive, 0)
+        x.sub_(peak[rows, None])
+        strip.fill(x, self.positive, 0)
         torch.mul(x, self.scales[0], out=self.q_0).exp_().mul_(torch.exp(-log_mass[rows, :1]))
-        tile.fill(self.q_0, self.positive, 0)
+        strip.fill(self.q_0, self.positive, 0)
         torch.mul(x, steeper, out=log_e).sub_(lighter)
         torch.exp(log_e, out=self.e)
         self.contract(self.mix, self.e[:-1], out=self.r).clamp_min_(torch.finfo(dtype).tiny)
@@ -318,7 +324,7 @@ class Recursion:
 
     @staticmethod
     def buffers(depth: int) -> int:
-        return 5 * depth + 5
+        return 5 * depth + 4
 
     @staticmethod
     def contract(matrix: Tensor, stack: Tensor, *, out: Tensor) -> Tensor:
@@ -326,7 +332,7 @@ class Recursion:
         return out
 
     def add_sums(self, loss: Tensor, pull: Tensor, slope: Tensor, detach_target: bool) -> None:
-        rows = self.tile.rows
+        rows = self.strip.rows
         term = torch.sum(self.w.mul_(self.r), 0, out=self.term).mul_(self.q_0)
         loss[rows] += term.sum(1, dtype=loss.dtype)
         weighted = torch.sub(self.e[1:], self.r, out=self.w).mul_(self.q_0)
@@ -337,23 +343,18 @@ class Recursion:
             slope[rows, :-1] += weighted.mul_(self.x).sum(2, dtype=loss.dtype).T
 
     def gradient(self, pull: Tensor, at_positive: Tensor, detach_target: bool) -> Tensor:
-        """∂loss_i/∂S_ij = Σ_{t>0} c_t (q_t − p_t) + Σ_{t<depth} c_t q_t (α b_{t+1} − pull_t)."""
-        g, rows = self.term, self.tile.rows
+        """∂loss_i/∂S_ij = Σ_{t>0} c_t (q_t − p_t) + Σ_{t<depth} c_t q_t (α b_{t+1} − pull_t),
+
+        where the strip had S.
+        """
+        g, rows = self.x, self.strip.rows
         change = torch.sub(self.e[1:], self.r, out=self.w)
         torch.mv(change.flatten(1).T, self.scales[1:], out=g.view(-1))
         if not detach_target:
             through = self.b.sub_(pull[rows].T[:, :, None]).mul_(self.e[:-1])
             g.view(-1).addmv_(through.flatten(1).T, self.scales[:-1])
         g.mul_(self.q_0)
-        self.tile.diagonal(g, self.positive[0]).copy_(
-            self.tile.diagonal(at_positive[rows, None].expand_as(g), self.positive[0])
+        self.strip.diagonal(g, self.positive[0]).copy_(
+            self.strip.diagonal(at_positive[rows, None].expand_as(g), self.positive[0])
         )
         return g
-
-
-def student_distance(tile: Tile, s: Tensor) -> Tensor:
-    """1 + ‖zq_i − zk_j‖², in the tile's last buffer."""
-    squares = torch.mul(s, -2, out=tile.buffers[-1])
-    squares += tile.queries.square().sum(1, keepdim=True)
-    squares += tile.keys.square().sum(1)
-    return squares.clamp_min_(0).add_(1)

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from .needs import BOTH, Needs
 
-TILE_BYTES = 2 << 20  # of a tile's buffers together: they stay in the cores' caches
-TILE_COLS = 1 << 13
-TILE_ROWS = 128  # up to which one tile may hold all of S
+ROWS, COLS = 256, 1024  # of a tile
+LEAST_ROWS = 32
+SMALL = 1 << 17  # entries of S up to which two tiles' rows hold it: operators are the cost
+KEPT_BYTES = 32 << 20  # of two tiles' buffers for all keys of a block of rows
+STRIP_BYTES = 2 << 20  # of a strip's buffers together: they stay in the cores' caches
 
 
-class Tile:
-    """A block of rows and a block of columns of S, with buffers of their shape."""
+def split(n: int, m: int, size: int) -> tuple[int, int]:
+    """Rows and columns of a tile of S, of entries of `size` bytes.
 
-    def __init__(self, queries: Tensor, keys: Tensor, rows: slice, cols: slice, memory: Tensor):
-        self.queries, self.keys = queries[rows], keys[cols]
-        self.rows, self.cols = rows, cols
-        n, m = len(self.queries), len(self.keys)
-        self.memory = memory[:, : n * m].view(len(memory), n, m)
+    Every pass over S, of a forward or of a backward function, must take this split: a matrix
+    product of another shape adds up in another order or in another kernel, S differs in its last
+    bits, and 1/τ multiplies the difference in rows that one key dominates.
+    """
+    parts = 2 if n * m <= SMALL else 4
+    rows = min(KEPT_BYTES // (2 * m * size), ROWS, -(-n // parts))
+    return min(max(rows, LEAST_ROWS), n), min(m, COLS)
+
+
+class Strip:
+    """Some rows of a tile: S there, and buffers of its shape."""
+
+    def __init__(self, tile: Tile, local: slice, memory: Tensor):
+        self.s = tile.s[local]
+        self.cols = tile.cols
+        self.rows = slice(tile.rows.start + local.start, tile.rows.start + local.stop)
+        self.queries, self.keys = tile.queries[local], tile.keys
+        self.memory = memory[:, : self.s.numel()].view(len(memory), *self.s.shape)
         self.buffers = self.memory.unbind()
-
-    def similarity(self, factor: float = 1.0) -> Tensor:
-        """factor · S."""
-        s = self.buffers[0]
-        return torch.addmm(s[:1], self.queries, self.keys.T, beta=0, alpha=factor, out=s)
 
     def fill(self, matrix: Tensor, diagonals: list[int], value: float) -> None:
         for offset in diagonals:
@@ -38,17 +48,62 @@ class Tile:
         return matrix.diagonal(offset + self.rows.start - self.cols.start)
 
 
-def tiles(queries: Tensor, keys: Tensor, buffers: int, upper: bool = False) -> Iterator[Tile]:
-    """All of S; or if `upper`, every block of rows from its own columns on."""
-    n, m = len(queries), len(keys)
-    n_cols = min(m, TILE_COLS)
-    n_rows = max(1, TILE_BYTES // (buffers * n_cols * queries.element_size()))
-    n_rows = min(n_rows, n if n <= TILE_ROWS else (n + 1) // 2)
-    memory = queries.new_empty(buffers, n_rows * n_cols)
+class Tile:
+    """A block of rows and a block of columns of S."""
+
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        rows: slice,
+        cols: slice,
+        memory: Tensor,  # for S
+        work: Tensor,  # [buffers, entries of a strip]
+    ):
+        self.queries, self.keys = queries[rows], keys[cols]
+        self.rows, self.cols, self.work = rows, cols, work
+        n, m = len(self.queries), len(self.keys)
+        self.s = memory[: n * m].view(n, m)
+
+    def product(self, factor: float) -> None:
+        """factor · S."""
+        s = self.s
+        torch.addmm(s[:1], self.queries, self.keys.T, beta=0, alpha=factor, out=s)
+
+    @property
+    def mirrored(self) -> int:
+        """Of an upper tile, columns before the first that stands for its mirror image too."""
+        return max(self.rows.stop - self.cols.start, 0)
+
+    def strips(self) -> Iterator[Strip]:
+        n, m = self.s.shape
+        count = -(-n // max(1, self.work.shape[1] // m))
+        height = -(-n // count)
+        for start in range(0, n, height):
+            yield Strip(self, slice(start, min(start + height, n)), self.work)
+
+
+def tiles(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    buffers: int,  # that a strip has beside S
+    factor: float = 1.0,
+    upper: bool = False,
+    form: Callable[[slice, slice, Tensor], None] | None = None,
+) -> Iterator[Tile]:
+    """All of factor · S, or what `form` makes in its place of rows, columns and room for it; if
+    `upper`, every block of rows from its own columns on."""
+    (n, m), size = (len(queries), len(keys)), queries.element_size()
+    n_rows, n_cols = split(n, m, size)
+    height = min(n_rows, max(1, STRIP_BYTES // (max(buffers, 1) * n_cols * size)))
+    memory = queries.new_empty(n_rows * n_cols)
+    work = queries.new_empty(buffers, height * n_cols)
     for row in range(0, n, n_rows):
         for col in range(row if upper else 0, m, n_cols):
             rows, cols = slice(row, min(row + n_rows, n)), slice(col, min(col + n_cols, m))
-            yield Tile(queries, keys, rows, cols, memory)
+            tile = Tile(queries, keys, rows, cols, memory, work)
+            tile.product(factor) if form is None else form(rows, cols, tile.s)
+            yield tile
 
 
 class Gradients:
@@ -60,11 +115,12 @@ class Gradients:
         self.d_queries = self.queries.new_zeros(queries.shape if self.to_queries else 0)
         self.d_keys = self.keys.new_zeros(keys.shape if self.to_keys else 0)
 
-    def add(self, tile: Tile, g: Tensor) -> None:
+    def add(self, tile: Tile) -> None:
+        """With ∂L/∂S where the tile had S."""
         if self.to_queries:
-            self.d_queries[tile.rows].addmm_(g, tile.keys)
+            self.d_queries[tile.rows].addmm_(tile.s, tile.keys)
         if self.to_keys:
-            self.d_keys[tile.cols].addmm_(g.T, tile.queries)
+            self.d_keys[tile.cols].addmm_(tile.s.T, tile.queries)
 
     def add_pairs(self, g: Tensor, offset: int) -> None:
         """g_i = ∂L/∂S_ij at j = i + offset."""

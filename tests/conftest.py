@@ -23,14 +23,12 @@ def poisoned():
 @pytest.fixture(params=["wide tiles", "tall tiles"])
 def tiles(request, monkeypatch):
     """Tiles of different heights and widths, small enough for a small problem to need many."""
-    from rkdo_kernels import launch, one_pass
+    from rkdo_kernels import launch
     from rkdo_kernels import tiles as machinery
 
     rows, cols = {"wide tiles": (16, 32), "tall tiles": (32, 16)}[request.param]
     monkeypatch.setattr(launch, "INTERPRETED", launch.Config(rows, cols, 1, 1))
-    monkeypatch.setattr(machinery, "TILE_COLS", cols)
-    monkeypatch.setattr(machinery, "TILE_ROWS", 1)
-    monkeypatch.setattr(machinery, "TILE_BYTES", 3000)
-    monkeypatch.setattr(one_pass, "ROWS", rows)
-    monkeypatch.setattr(one_pass, "LEAST_ROWS", rows)
-    monkeypatch.setattr(one_pass, "COLS", cols)
+    monkeypatch.setattr(machinery, "ROWS", rows)
+    monkeypatch.setattr(machinery, "LEAST_ROWS", rows)
+    monkeypatch.setattr(machinery, "COLS", cols)
+    monkeypatch.setattr(machinery, "STRIP_BYTES", 3000)

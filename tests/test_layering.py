@@ -18,6 +18,7 @@ ARROWS = {
     "once": set(),
     "needs": {"once"},
     "primitives": set(),
+    "distances": {"needs", "tiles"},
     "tiles": {"needs"},
     "distributed": set(),
     # what follows from a call's settings alone
@@ -25,7 +26,7 @@ ARROWS = {
     "quadrature": {"chebyshev", "constants"},
     # PyTorch: losses by tiles, or all at once
     "one_pass": {"needs", "quadrature", "tiles"},
-    "tiled": {"needs", "one_pass", "tiles"},
+    "tiled": {"distances", "needs", "one_pass", "tiles"},
     "small": {"constants", "once"},
     "rounding": set(),
     "field_blocks": {"needs", "tiles"},

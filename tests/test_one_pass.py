@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy import DTYPES, assert_as_accurate, evaluate, sample_views
 
-from rkdo_kernels import icon_loss, info_nce, one_pass, ops, reference, rkdo_loss, small
+from rkdo_kernels import icon_loss, info_nce, one_pass, ops, reference, rkdo_loss, small, tiles
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned", "in_tiles"),
@@ -26,9 +26,9 @@ FUNCTIONS = {
 def in_tiles(monkeypatch):
     """Several blocks of several tiles, the last of both cut short."""
     monkeypatch.setattr(small, "MAX_ENTRIES", 0)
-    monkeypatch.setattr(one_pass, "ROWS", 24)
-    monkeypatch.setattr(one_pass, "LEAST_ROWS", 24)
-    monkeypatch.setattr(one_pass, "COLS", 32)
+    monkeypatch.setattr(tiles, "ROWS", 24)
+    monkeypatch.setattr(tiles, "LEAST_ROWS", 24)
+    monkeypatch.setattr(tiles, "COLS", 32)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_when_two_passes_are_needed(name, passes, monkeypatch):
     assert passes == {"one": 0, "two": 1}
     function(**views, **settings)
     assert passes == {"one": 0, "two": 1}, "a gradient that nobody asked for"
-    monkeypatch.setattr(one_pass, "KEPT_BYTES", 2 * 4 * 24 * 40 - 1)
+    monkeypatch.setattr(tiles, "KEPT_BYTES", 2 * 4 * 24 * 40 - 1)
     evaluate(lambda **x: function(**x, **settings), views)
     assert passes == {"one": 0, "two": 2}
 

@@ -96,13 +96,13 @@ def watch(monkeypatch):
 @pytest.mark.parametrize(("n", "m"), [(512, 512), (1000, 1000), (129, 20_000)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_nothing_of_n_by_m_entries(name, n, m, watch, monkeypatch):
-    if n * m * 4 < tiles.TILE_BYTES:  # all buffers of a tile together, whatever the problem
-        monkeypatch.setattr(tiles, "TILE_BYTES", n * m)
+    if n * m * 4 < tiles.STRIP_BYTES:  # all buffers of a strip together, whatever the problem
+        monkeypatch.setattr(tiles, "STRIP_BYTES", n * m)
     views = {key: x.requires_grad_() for key, x in sample_views(n, 8, m=m).items()}
     with watch:
         LOSSES[name](**views).backward()
     assert 0 < watch.largest < n * m
-    assert watch.peak < max(4 * n * m, 8 * tiles.TILE_BYTES)
+    assert watch.peak < max(4 * n * m, 8 * tiles.STRIP_BYTES)
 
 
 def test_the_watch_sees_a_materialised_loss(watch):
@@ -137,10 +137,14 @@ def test_peak_memory_at_4096_rows():
 
 
 def test_tiles_cover_every_entry_once():
-    for n, m, buffers in ((1, 1, 2), (128, 9000, 3), (129, 300, 20), (1000, 17, 3)):
+    for n, m, buffers in ((1, 1, 2), (128, 9000, 3), (129, 300, 20), (1000, 17, 3), (300, 2100, 0)):
         seen = torch.zeros(n, m)
         for tile in tiles.tiles(torch.zeros(n, 2), torch.zeros(m, 2), buffers):
-            seen[tile.rows, tile.cols] += 1
-            assert len(tile.buffers) == buffers
-            assert tile.memory.numel() * 4 <= max(tiles.TILE_BYTES, buffers * tiles.TILE_COLS * 4)
+            covered = []
+            for strip in tile.strips():
+                seen[strip.rows, strip.cols] += 1
+                covered += range(strip.rows.start, strip.rows.stop)
+                assert len(strip.buffers) == buffers
+                assert strip.memory.numel() * 4 <= max(tiles.STRIP_BYTES, buffers * tiles.COLS * 4)
+            assert covered == list(range(tile.rows.start, tile.rows.stop))
         assert (seen == 1).all()

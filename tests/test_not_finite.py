@@ -1,0 +1,81 @@
+"""Rows that hold ∞ or NaN: no plausible number where eager code in float64 has none.
+
+A query poisons its own row alone. A key may poison every row, as every row meets it: a similarity
+of −∞ is a weight of 0 in eager code, and may be NaN in ours, but it is never another number.
+"""
+
+import pytest
+import torch
+from accuracy import sample_views
+
+from rkdo_kernels import (
+    icon_loss,
+    info_nce,
+    nt_xent,
+    reference,
+    rkdo_loss,
+    similarity_logsumexp,
+    small,
+)
+
+OPEN = {"bound": None}
+LOSSES = {
+    "rkdo": (rkdo_loss, reference.rkdo_loss, {}),
+    "rkdo, one-hot": (rkdo_loss, reference.rkdo_loss, {"alpha": 0}),
+    "rkdo, detached": (rkdo_loss, reference.rkdo_loss, {"detach_target": True}),
+    "icon": (icon_loss, reference.icon_loss, {}),
+    "icon, one-hot": (icon_loss, reference.icon_loss, {"debias": 0}),
+    "icon, student": (icon_loss, reference.icon_loss, {"kernel": "student"}),
+    "info_nce": (info_nce, reference.info_nce, {}),
+    "clip": (info_nce, reference.info_nce, {"symmetric": True}),
+    "nt_xent": (nt_xent, reference.nt_xent, {}),
+    "logsumexp": (similarity_logsumexp, reference.similarity_logsumexp, {"temperature": 0.5}),
+}
+N, M, AT = 6, 8, 2  # row AT, or its positive, or the last key, which is nobody's positive
+WHERE = {"query": ("queries", AT), "positive": ("keys", AT), "other": ("keys", -1)}
+
+
+def poisoned_views(where, value, whole, square):
+    views = sample_views(N, 5, m=N if square else M)
+    side, at = WHERE[where]
+    if whole:
+        views[side][at] = value
+    else:  # S is then ±∞, not NaN, in most rows
+        views[side][at, 1] = value
+    return views
+
+
+@pytest.mark.parametrize("kept", ["small", "tiles"])
+@pytest.mark.parametrize("backend", ["tiled", "triton", "reference"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_as_in_eager_code(name, backend, kept, monkeypatch):
+    if kept == "tiles":
+        monkeypatch.setattr(small, "MAX_ENTRIES", 0)
+    function, eager, settings = LOSSES[name]
+    square = name in ("clip", "nt_xent")
+    given = settings | OPEN | ({} if square or name == "logsumexp" else {"positive_offset": 0})
+    misses = []
+    for value in (float("inf"), -float("inf"), float("nan")):
+        for where in WHERE:
+            for whole in (True, False):
+                views = poisoned_views(where, value, whole, square)
+                everywhere = where if not square else "all"  # every image is a key there
+                truth = eager(**{key: x.double() for key, x in views.items()}, **settings)
+                reductions = {"none": truth}
+                if name != "logsumexp":
+                    reductions["mean"] = truth.mean()
+                for reduction, true in reductions.items():
+                    more = {} if name == "logsumexp" else {"reduction": reduction}
+                    found = function(**views, **given, **more, backend=backend).double()
+                    if not agree(found, true, everywhere):
+                        misses.append((value, where, whole, reduction, found, true))
+    assert not misses, "\n".join(map(str, misses))
+
+
+def agree(found, true, where):
+    numbers = torch.isfinite(true)
+    if torch.isfinite(found[~numbers]).any():
+        return False
+    if where != "query":
+        numbers = numbers & ~found.isnan()
+    return torch.allclose(found[numbers], true[numbers], rtol=1e-4, atol=1e-5)
