@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks, launch, ops, reference, rows
 from .constants import plain
-from .problem import Problem, row_dot
+from .problem import Problem
 
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "tiled", "reference"]
@@ -64,7 +64,7 @@ def rkdo_loss(
     if problem.backend == "reference":
         with problem.materialised():
             losses = reference.rkdo_loss(
-                problem.queries, problem.keys, temperature=problem.temperature, alpha=alpha,
+                *problem.wide(), temperature=problem.temperature, alpha=alpha,
                 depth=depth, cooling=cooling, detach_target=detach_target,
                 positive_offset=problem.offset,
             )  # fmt: skip
@@ -111,7 +111,7 @@ def icon_loss(
     if problem.backend == "reference":
         with problem.materialised():
             losses = reference.icon_loss(
-                problem.queries, problem.keys, temperature=problem.temperature, debias=debias,
+                *problem.wide(), temperature=problem.temperature, debias=debias,
                 kernel=kernel, positive_offset=problem.offset,
             )  # fmt: skip
         return problem.reduce(losses, reduction)
@@ -124,8 +124,7 @@ def icon_loss(
         cross_entropy = torch.logaddexp(others - logit, torch.zeros_like(logit))
     else:
         positive = problem.positive_similarities()
-        key_sum = problem.keys.sum(0, dtype=scale.dtype).to(ops.product_dtype(keys))
-        total = row_dot(problem.queries, key_sum[None])
+        total = problem.total_similarities()
         cross_entropy = rows.one_hot(problem, reduction)
     m = problem.keys.shape[0]
     share = torch.full_like(scale, debias / m)
@@ -174,7 +173,7 @@ def info_nce(
     if problem.backend == "reference":
         with problem.materialised():
             losses = reference.info_nce(
-                problem.queries, problem.keys, temperature=problem.temperature,
+                *problem.wide(), temperature=problem.temperature,
                 exclude_self=exclude_self, symmetric=symmetric, positive_offset=problem.offset,
             )  # fmt: skip
     elif symmetric:
@@ -210,9 +209,7 @@ def nt_xent(
     problem.as_one()
     if problem.backend == "reference":
         with problem.materialised():
-            losses = reference.nt_xent(
-                problem.queries, problem.keys, temperature=problem.temperature
-            )
+            losses = reference.nt_xent(*problem.wide(), temperature=problem.temperature)
     else:
         losses = rows.nt_xent(problem, reduction)
     return problem.reduce(losses, reduction)
@@ -258,7 +255,7 @@ def similarity_moments(
     if problem.backend == "reference":
         with problem.materialised():
             result = reference.similarity_moments(
-                queries, keys, temperature=temperature, degree=degree, bound=bound,
+                *problem.wide(), temperature=temperature, degree=degree, bound=bound,
                 exclude_self=exclude_self,
             )  # fmt: skip
         return problem.reduce(result, "none")
@@ -266,8 +263,9 @@ def similarity_moments(
     exclude = [0] if exclude_self else []
     learnable = isinstance(temperature, Tensor)
     m = ops.moments(
-        queries, keys, scale.detach(), bound, degree + learnable, exclude, problem.backend
-    )
+        queries, keys, scale.detach(), bound, degree + learnable, exclude, problem.backend,
+        *problem.stand_ins,
+    )  # fmt: skip
     if learnable:  # ∂M_k/∂c_0 = b M_{k+1}
         safe = scale.detach() <= launch.exponent_range(queries.dtype) / (2 * bound)
         m = rows.Sloped.apply(m[:, :-1], bound * m[:, 1:, None].detach(), scale[None])
@@ -298,10 +296,7 @@ def similarity_logsumexp(
     if problem.backend == "reference":
         with problem.materialised():
             losses = reference.similarity_logsumexp(
-                problem.queries,
-                problem.keys,
-                temperature=problem.temperature,
-                exclude_self=exclude_self,
+                *problem.wide(), temperature=problem.temperature, exclude_self=exclude_self
             )
         return problem.reduce(losses, "none")
     return problem.reduce(rows.logsumexp(problem, exclude=[0] if exclude_self else []), "none")
