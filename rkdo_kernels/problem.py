@@ -64,7 +64,9 @@ class Problem:
         return without_autocast(self.queries.device.type)
 
     def is_small(self) -> bool:
-        """Whether fewer operators count for more than less memory."""
+        """Whether fewer operators count for more than less memory; an exported graph needs ours."""
+        if torch.compiler.is_exporting():
+            return False
         entries = self.queries.shape[0] * self.keys.shape[0]
         on_cpu = self.queries.device.type == "cpu"
         return on_cpu and self.backend == "tiled" and entries <= small.MAX_ENTRIES
