@@ -71,7 +71,7 @@ def rkdo_loss(
         return problem.reduce(losses, reduction)
     scales = degree = None
     if not isinstance(temperature, Tensor) and not problem.is_small():
-        scales = [1 / (temperature * (1 - cooling * t / depth)) for t in range(depth + 1)]
+        scales = [1 / (temperature * (1 - cooling * (t / depth))) for t in range(depth + 1)]
         degree = launch.rkdo_degree(scales, alpha, bound, problem.queries.dtype)
     if scales is None or bound is None or degree is None:
         losses = rows.rkdo_direct(problem, alpha, depth, cooling, detach_target)

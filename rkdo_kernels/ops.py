@@ -413,8 +413,7 @@ def recursion(
     shrink = torch.exp((peak - risen)[:, None] * c)
     slope = shrink * (slope + (peak - risen)[:, None] * mass)  # now from the risen peak
     mass, peak, x = shrink * mass, risen, (s - risen)[:, None]
-    lift = torch.exp(c * x)
-    log_mass = torch.log(mass + lift)
+    log_mass = torch.logaddexp(mass.log(), c * x)  # c x passes 0 by float32's rounding of the peak
     loss, pull, tilt = run.recursion(
         queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass
     )
@@ -435,7 +434,7 @@ def recursion(
     at_positive = change @ c[1:] + (through - q[:, :-1] * pull) @ c[:-1]
 
     # The scales act through log q = c S − log Z: by S where p and q differ, less the row's mean.
-    mean = (slope + x * lift) / log_mass.exp()  # of S − peak under q_t
+    mean = slope * torch.exp(-log_mass) + x * q  # of S − peak under q_t
     tilt = tilt.to(dtype)
     tilt[:, 1:] += change * x
     tilt[:, :-1] += through * x - pull * mean[:, :-1]

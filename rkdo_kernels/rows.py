@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,15 +105,20 @@ def rkdo_direct(
     )  # fmt: skip
     if problem.is_small():
         coldest = 0 if learnable else problem.temperature * (1 - cooling)
-        bounded = problem.bound is not None and 2 * problem.bound < 600 * coldest
         loss, d_scales = small.Recursion.apply(
-            *arguments[:3], depth, *arguments[3:], learnable, not bounded
-        )
+            *arguments[:3], depth, *arguments[3:], learnable,
+            may_underflow(problem.bound, coldest, alpha),
+        )  # fmt: skip
     else:
         loss, d_scales, *_ = ops.recursion(*arguments, problem.backend, *problem.stand_ins)
     if learnable:
         loss = Sloped.apply(loss, d_scales, scales)
     return loss
+
+
+def may_underflow(bound: float | None, temperature: float, alpha: float) -> bool:
+    """Whether α q may be no normal float64 number, with q = softmax(S / τ) over some 10⁴ keys."""
+    return bound is None or alpha == 0 or 2 * bound >= (690 + math.log(alpha)) * temperature
 
 
 def logsumexp(problem: Problem, exclude: Sequence[int]) -> Tensor:  # [N]
