@@ -18,6 +18,7 @@ from .problem import Problem
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "tiled", "reference"]
 Kernel = Literal["gaussian", "student"]
+CANCELS = 0.25  # debias from which p's even part and q are subtracted entry by entry, not in sums
 REDUCTIONS, BACKENDS, KERNELS = get_args(Reduction), get_args(Backend), get_args(Kernel)
 
 
@@ -116,14 +117,16 @@ def icon_loss(
             )  # fmt: skip
         return problem.reduce(losses, reduction)
     scale = problem.inverse_temperature()
-    if kernel == "student":
-        others, total = rows.student_sums(problem)
-        positive = -torch.log1p(problem.positive_distances())
+    student = kernel == "student"
+    positive = problem.student_logits() if student else problem.positive_similarities()
+    if student or debias > CANCELS:
+        others, total = rows.sums_and_total(problem, student)
         total = total + positive
+        if not student:  # its gradient from the sums, its value from the keys' sum: more digits
+            total = total + (problem.total_similarities() - total).detach()
         logit = scale * positive
         cross_entropy = torch.logaddexp(others - logit, torch.zeros_like(logit))
     else:
-        positive = problem.positive_similarities()
         total = problem.total_similarities()
         cross_entropy = rows.one_hot(problem, reduction)
     m = problem.keys.shape[0]
@@ -245,11 +248,10 @@ def similarity_moments(
         raise ValueError("bound must be a number for moments, got None")
     problem = Problem(queries, keys, temperature, bound, 0, backend, paired=False)
     queries, keys, temperature = problem.queries, problem.keys, problem.temperature
-    if not isinstance(temperature, Tensor) and not launch.fixed_shift_is_safe(
-        temperature, bound, queries.dtype
-    ):
+    most = launch.exponent_range(queries.dtype)
+    if not isinstance(temperature, Tensor) and 2 * bound / temperature > most:
         raise ValueError(
-            f"temperature must be at least {2 * bound / launch.exponent_range(queries.dtype):.4g} "
+            f"temperature must be at least {2 * bound / most:.4g} "
             f"for moments with bound={bound:g}, got {temperature}"
         )
     if problem.backend == "reference":
@@ -267,10 +269,13 @@ def similarity_moments(
         *problem.stand_ins,
     )  # fmt: skip
     if learnable:  # ∂M_k/∂c_0 = b M_{k+1}
-        safe = scale.detach() <= launch.exponent_range(queries.dtype) / (2 * bound)
+        safe = scale.detach() <= most / (2 * bound)
         m = rows.Sloped.apply(m[:, :-1], bound * m[:, 1:, None].detach(), scale[None])
         m = m * torch.where(safe, 1.0, float("nan"))
-    return problem.reduce(m * torch.exp(-bound * scale), "none")
+    exact = scale.detach()
+    rounded = ops.rounded_scale(exact, bound, queries, problem.backend)
+    shift = scale + (rounded - exact)  # as the sums have it: where S is near b it cancels
+    return problem.reduce(m * torch.exp(-bound * shift), "none")
 
 
 def similarity_logsumexp(

@@ -10,6 +10,7 @@ Gradients leave the operators in float32 (float64 for float64 inputs), and go to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -57,6 +58,14 @@ def moments(
     """M_ik = Σ_j exp(c_0 S_ij) (S_ij / b)^k, but for the diagonals in `exclude`."""
     rows = implementation(backend).moments(queries, keys, scale, bound, degree, list(exclude))
     return rows.to(row_dtype(queries))
+
+
+def rounded_scale(scale: Tensor, bound: float, queries: Tensor, backend: str) -> Tensor:  # []
+    """c_0 as `moments` multiplies by it."""
+    dtype = product_dtype(queries)
+    if backend == "triton":
+        return (scale.to(dtype) * math.log2(math.e)).to(scale.dtype) * math.log(2)
+    return (scale * bound).to(dtype).to(scale.dtype) / bound
 
 
 @custom_op("rkdo_kernels::moments_backward", mutates_args=())

@@ -119,10 +119,10 @@ class Problem:
         total = keys.sum(0, dtype=ops.row_dtype(keys)).to(keys.dtype)
         return Dot.apply(self.queries, total.expand_as(self.queries), self.stand_ins[0], None)
 
-    def positive_distances(self) -> Tensor:  # [N], ‖query − key‖²
+    def student_logits(self) -> Tensor:  # [N], −log(1 + ‖query − key‖²) of the positives
         queries, keys = self.wide()
         difference = queries - self.positives(keys)
-        return difference.square().sum(1, dtype=ops.row_dtype(self.queries))
+        return -torch.log1p(difference.square().sum(1, dtype=ops.row_dtype(self.queries)))
 
     def positives(self, keys: Tensor) -> Tensor:  # [M, D] -> [N, D]
         return keys.narrow(0, self.offset, self.queries.shape[0])

@@ -104,7 +104,7 @@ def rkdo_direct(
         problem.queries, problem.keys, scales.detach(), alpha, problem.offset, detach_target,
     )  # fmt: skip
     if problem.is_small():
-        coldest = 0 if learnable else problem.temperature * (1 - cooling)
+        coldest = 0 if learnable else float(problem.temperature) * (1 - cooling)
         loss, d_scales = small.Recursion.apply(
             *arguments[:3], depth, *arguments[3:], learnable,
             may_underflow(problem.bound, coldest, alpha),
@@ -136,11 +136,12 @@ def logsumexp(problem: Problem, exclude: Sequence[int]) -> Tensor:  # [N]
     return _from_sums(scale, *sums[:3])
 
 
-def student_sums(problem: Problem) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """log Σ_j (1 + ‖zq_i − zk_j‖²)^(−1/τ) and Σ_j −log(1 + ‖zq_i − zk_j‖²) off the positive."""
+def sums_and_total(problem: Problem, student: bool) -> tuple[Tensor, Tensor]:  # [N], [N]
+    """log Σ_j exp(x_ij / τ) and Σ_j x_ij off the positive, both with their gradients in one term
+    an entry; x = S or, if `student`, −log(1 + ‖zq_i − zk_j‖²)."""
     scale = problem.inverse_temperature()
     peak, mass, slope, total = ops.softmax_sums(
-        problem.queries, problem.keys, scale.detach()[None], True, [problem.offset],
+        problem.queries, problem.keys, scale.detach()[None], student, [problem.offset],
         problem.backend, *problem.stand_ins,
     )  # fmt: skip
     return _from_sums(scale, peak, mass, slope), total

@@ -1,11 +1,10 @@
-"""The yardstick: as accurate as eager PyTorch in float32 (float64 for float64 inputs), measured against
-float64.
+"""The yardstick: as accurate as eager PyTorch in float32, measured against float64.
 
 For the value and for every gradient, with errors and magnitudes taken as maxima over the tensor:
 
     error ≤ 2 · (eager's error) + one ulp of the largest true entry + the truth's own rounding
 
-Half precision is rounded once on the way in and once on the way out: values and gradients of
+float64 inputs are held to eager in float64. Half precision is rounded once on the way in and once on the way out: values and gradients of
 bfloat16 and float16 inputs are held to what eager does in float32 with the same numbers, its
 gradients then rounded to the inputs' dtype. Eager in the inputs' own dtype, which adds up rounded
 gradients, would allow many times that.

@@ -81,7 +81,9 @@ def test_no_copy_of_the_inputs_in_float32_waits_for_the_backward_pass():
     ):
         kept = []
         leaves = [x.requires_grad_() for x in collapsed(70, 64, torch.bfloat16).values()]
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x) or x, lambda x: x
+        ):
             function(*leaves, backend="tiled", reduction="none", **settings)
         wide = [x for x in kept if x.dtype != torch.bfloat16 and x.numel() >= 70 * 64]
         assert not [x.shape for x in wide if x.untyped_storage().nbytes() > 70 * 64]

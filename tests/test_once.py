@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accuracy import DEVICE, sample_views
-
 from torch.autograd import forward_ad
 
 from rkdo_kernels import (
