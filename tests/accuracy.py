@@ -4,10 +4,11 @@ For the value and for every gradient, with errors and magnitudes taken as maxima
 
     error ≤ 2 · (eager's error) + one ulp of the largest true entry + the truth's own rounding
 
-float64 inputs are held to eager in float64. Half precision is rounded once on the way in and once on the way out: values and gradients of
+Half precision is rounded once on the way in and once on the way out: values and gradients of
 bfloat16 and float16 inputs are held to what eager does in float32 with the same numbers, its
 gradients then rounded to the inputs' dtype. Eager in the inputs' own dtype, which adds up rounded
-gradients, would allow many times that.
+gradients, would allow many times that. float64 inputs are held to eager in float64.
+
 An eager result that is not finite counts as exact. The truth's rounding is a few float64 ulps of
 the `scale` it was subtracted from (1/τ for the losses here), and float32's smallest normal number.
 
