@@ -25,7 +25,6 @@ class Distances:
     """
 
     def __init__(self, queries: Tensor, keys: Tensor) -> None:
-        self.dtype = queries.dtype
         self.queries, self.keys = compute(queries), compute(keys)
         self.wide = is_wide(self.queries)
         self.near = False
@@ -88,7 +87,7 @@ class Gradients:
             d_queries = d_queries[:, :-2] + d_queries[:, -2:-1] * of.rows[:, :-2] / 2
         if of.wide and self.to_keys:
             d_keys = d_keys[:, :-2] / -2 - d_keys[:, -1:] * of.cols[:, :-2]
-        return d_queries.to(of.dtype), d_keys.to(of.dtype)
+        return d_queries.to(of.queries.dtype), d_keys.to(of.queries.dtype)
 
 
 def is_wide(x: Tensor) -> bool:

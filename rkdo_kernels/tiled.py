@@ -134,7 +134,7 @@ def self_sums_backward(images: Tensor, scale: float, weights: Tensor) -> Tensor:
         result[tile.rows].addmm_(tile.s, tile.keys)
         after = tile.mirrored
         result[tile.cols][after:].addmm_(tile.s[:, after:].T, tile.queries)
-    return result.to(images.dtype)
+    return result
 
 
 def weigh(strip: Strip, row_weights: Tensor, col_weights: Tensor, exclude: list[int]) -> None:
