@@ -17,7 +17,8 @@ FILLED_AT_ONCE = 1 << 22  # entries
 
 
 class DenseField:
-    """P, n × n: its entries off the diagonal, the diagonal, and what its rows add up to."""
+    """P, n × n, of which each row is meant divided by its sum: the entries off the diagonal, the
+    diagonal, and the sums."""
 
     kind = "dense"
 
@@ -63,10 +64,8 @@ class DenseField:
             own = p.diagonal(first + start).clone()
             p.diagonal(first + start).fill_(0)
             others = field_tiles.store(matrix[start:stop], p, first + start, clock)[:, 0]
-            # A row without itself has no mass there, whatever the rounding has left.
-            own = torch.where(own > 0, (1 - others).clamp_min(0), 0).to(diagonal.dtype)
             diagonal[start:stop] = own
-            row_sum[start:stop] = others + own
+            row_sum[start:stop] = others + diagonal[start:stop]
 
     def evaluate(
         self, batch: Batch, alpha: Tensor | None, needs: Needs
@@ -109,7 +108,8 @@ class DenseField:
     def rows(self, batch: Batch) -> Tensor:  # [R, n]
         diagonal = self.tensors["diagonal"][batch.rows, None]
         p = self.tensors["matrix"][batch.rows].to(diagonal.dtype)
-        return p.scatter_(1, batch.index[batch.own, None], diagonal)
+        p.scatter_(1, batch.index[batch.own, None], diagonal)
+        return p.div_(p.sum(1, keepdim=True))
 
 
 class Rows(torch.autograd.Function):

@@ -61,23 +61,24 @@ class Run:
         if field == torch.float64:
             queries, keys = queries.double(), keys.double()
         self.gradients = Gradients(compute(queries), compute(keys), needs)
-        self.queries, self.keys = compute(queries), compute(keys)
-        self.scale = float(scale.to(self.queries.dtype))  # one too large is infinite
+        self.keys, self.scale = compute(keys), scale.to(compute(queries).dtype)
+        # Not by a product's alpha: some BLAS take one that is NaN for a number.
+        self.scaled = compute(queries) * self.scale
         n, m = len(queries), len(keys)
-        size = self.queries.element_size()
+        size = self.keys.element_size()
         self.rows = max(1, min(n, max(LEAST_ROWS, BLOCK_BYTES // (m * size))))
-        self.memory = self.queries.new_empty(3, self.rows * m)
+        self.memory = self.keys.new_empty(3, self.rows * m)
         entries = self.rows * m if field == torch.bfloat16 else 0
-        self.noise = self.queries.new_empty(entries, dtype=torch.int32)
-        self.flat = is_flat(self.queries, self.keys, self.scale)
+        self.noise = self.keys.new_empty(entries, dtype=torch.int32)
+        self.flat = is_flat(self.scaled, self.keys)
         # Of every row, without its own column: Σ_j p_j and Σ_j p_j log(factor p_j / q_j); log q in
         # that column; the factor.
-        self.p_sum, self.kl, self.log_own, self.factor = self.queries.new_zeros(4, n, 1)
+        self.p_sum, self.kl, self.log_own, self.factor = self.keys.new_zeros(4, n, 1)
         self.factor.fill_(1)
 
     def blocks(self) -> Iterator[Block]:
-        for start in range(0, len(self.queries), self.rows):
-            yield Block(self, slice(start, min(start + self.rows, len(self.queries))))
+        for start in range(0, len(self.scaled), self.rows):
+            yield Block(self, slice(start, min(start + self.rows, len(self.scaled))))
 
     def losses(self, at_own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """KL(p̂ ‖ q) and mass by row, [R, 1], in what rows are added up in; both 0 without mass."""
@@ -92,15 +93,15 @@ class Run:
         return torch.where(alive, kl / mass - torch.log(mass * factor), 0 * kl), mass
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self.gradients.d_queries.mul_(self.scale), self.gradients.d_keys.mul_(self.scale)
+        return self.gradients.d_queries.mul_(self.scale), self.gradients.d_keys
 
 
 class Block:
     """Rows of the batch against all of its columns: buffers for q, for p, and to work in."""
 
     def __init__(self, run: Run, rows: slice) -> None:
-        self.run, self.rows, self.queries = run, rows, run.queries[rows]
-        n, m = len(self.queries), len(run.keys)
+        self.run, self.rows, self.scaled = run, rows, run.scaled[rows]
+        n, m = len(self.scaled), len(run.keys)
         self.q, self.p, self.work = run.memory[:, : n * m].view(3, n, m).unbind()
         self.noise = run.noise[: n * m].view(-1, m)
 
@@ -113,8 +114,7 @@ class Block:
         x.div_(x.sum(1, keepdim=True))
 
     def logits(self) -> Tensor:
-        run, x = self.run, self.q
-        return torch.addmm(x[:1], self.queries, run.keys.T, beta=0, alpha=run.scale, out=x)
+        return torch.mm(self.scaled, self.run.keys.T, out=self.q)
 
     def divergence(self, target: Target) -> None:
         """Forms q, and notes the rows' sums.
@@ -167,14 +167,14 @@ class Block:
         if gradients.to_queries:
             torch.mm(g, run.keys, out=gradients.d_queries[self.rows])
         if gradients.to_keys:
-            gradients.d_keys.addmm_(g.T, self.queries)
+            gradients.d_keys.addmm_(g.T, self.scaled)
 
 
-def is_flat(queries: Tensor, keys: Tensor, scale: float) -> bool:
-    """Whether no logit can be large: where asking costs nothing."""
+def is_flat(queries: Tensor, keys: Tensor) -> bool:
+    """Whether no product can be large, as a logit: where asking costs nothing."""
     if queries.device.type != "cpu" or not len(queries):
         return False
-    longest = scale  # in float64: squares of small numbers count
+    longest = 1.0  # in float64: squares of small numbers count
     for x in (queries, keys):
         longest *= float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).amax())
     return longest <= LARGEST_LOGIT[queries.dtype]
