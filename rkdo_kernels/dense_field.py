@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from . import checks, field_ops, field_tiles
 from .batch import Batch
 from .initial import Initial
 from .needs import NEITHER, Needs, once_only
+from .turns import Turns
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FILLED_AT_ONCE = 1 << 22  # entries
@@ -31,6 +33,7 @@ class DenseField:
         device: torch.device,
         seed: int,
     ) -> None:
+        self.turns = Turns()
         size = held[1] - held[0]
         what, instead = (
             f"a dense field of {n} samples",
@@ -92,9 +95,11 @@ class DenseField:
             matrix, diagonal = self.entries(batch), diagonal[batch.rows]
             place = None, None, batch.own, 0
         loss, _, _ = self.evaluate(batch, alpha, NEITHER)
+        turns = None if torch.compiler.is_compiling() else self.turns
         return Rows.apply(
-            batch.queries, batch.keys, loss, matrix, diagonal, *place, batch.scale, batch.backend
-        )
+            batch.queries, batch.keys, loss, matrix, diagonal, *place, batch.scale, batch.backend,
+            turns,
+        )  # fmt: skip
 
     def entries(self, batch: Batch) -> Tensor:  # [R, B], without the diagonal's
         return self.tensors["matrix"][batch.rows[:, None], batch.index]
@@ -129,17 +134,19 @@ class Rows(torch.autograd.Function):
         start: int,
         scale: Tensor,
         backend: str,
+        turns: Turns | None,
     ) -> Tensor:
-        ctx.start, ctx.backend = start, backend
+        ctx.start, ctx.backend, ctx.turns = start, backend, turns or nullcontext()
         ctx.save_for_backward(queries, keys, matrix, diagonal, rows, cols, own, scale)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> Any:  # type: ignore[override]
-        queries, keys, *field, scale = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        gradients = field_ops.dense_gradient(
-            queries.detach(), keys.detach(), *field, ctx.start, scale, d_loss.detach(), needs,
-            ctx.backend,
-        )  # fmt: skip
-        return *once_only(needs, gradients, queries, keys, d_loss), *[None] * 9
+        with ctx.turns:
+            queries, keys, *field, scale = ctx.saved_tensors
+            gradients = field_ops.dense_gradient(
+                queries.detach(), keys.detach(), *field, ctx.start, scale, d_loss.detach(), needs,
+                ctx.backend,
+            )  # fmt: skip
+        return *once_only(needs, gradients, queries, keys, d_loss), *[None] * 10

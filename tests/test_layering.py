@@ -79,8 +79,9 @@ ARROWS = {
     # the response field: p⁰, its two kinds of state, a batch of it, the class
     "initial": {"checks"},
     "batch": {"checks", "distributed", "launch", "needs", "ops", "problem"},
-    "dense_field": {"batch", "checks", "field_ops", "field_tiles", "initial", "needs"},
-    "snapshot_field": {"batch", "checks", "field_ops", "initial", "needs", "problem"},
+    "turns": set(),
+    "dense_field": {"batch", "checks", "field_ops", "field_tiles", "initial", "needs", "turns"},
+    "snapshot_field": {"batch", "checks", "field_ops", "initial", "needs", "problem", "turns"},
     "response": {
         "batch",
         "checks",
@@ -91,6 +92,7 @@ ARROWS = {
         "needs",
         "ops",
         "snapshot_field",
+        "turns",
     },
     # losses: arguments, rows, public functions, modules
     "problem": {"checks", "constants", "launch", "ops", "small"},
