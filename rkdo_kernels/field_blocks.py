@@ -20,7 +20,6 @@ BLOCK_BYTES = 3 << 19  # of one of a block's three or four buffers
 LEAST_ROWS = 16
 # Logits whose exponentials are safe unshifted: q stays a normal number over 10⁷ columns.
 LARGEST_LOGIT = {torch.float32: 35.0, torch.float64: 300.0}
-NEAR_ONE = (0.9, 1.1)  # masses whose logarithm takes no digits from a row's sum of logarithms
 
 
 @dataclass(frozen=True)
@@ -71,26 +70,32 @@ class Run:
         entries = self.rows * m if field == torch.bfloat16 else 0
         self.noise = self.keys.new_empty(entries, dtype=torch.int32)
         self.flat = is_flat(self.scaled, self.keys)
-        # Of every row, without its own column: Σ_j p_j and Σ_j p_j log(factor p_j / q_j); log q in
-        # that column; the factor.
-        self.p_sum, self.kl, self.log_own, self.factor = self.keys.new_zeros(4, n, 1)
-        self.factor.fill_(1)
+        # Of every row, without its own column: Σ_j p_j, Σ_j (q − p̂)_j and Σ_j p_j log(p̂_j / q_j);
+        # log q in that column.
+        self.p_sum, self.excess, self.kl, self.log_own = self.keys.new_zeros(4, n, 1)
 
     def blocks(self) -> Iterator[Block]:
         for start in range(0, len(self.scaled), self.rows):
             yield Block(self, slice(start, min(start + self.rows, len(self.scaled))))
 
     def losses(self, at_own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """KL(p̂ ‖ q) and mass by row, [R, 1], in what rows are added up in; both 0 without mass."""
+        """KL(p̂ ‖ q) and mass by row, [R, 1], in what rows are added up in; both 0 without mass.
+
+        As Σ_j p̂ log(p̂/q) − p̂ + q. The last two add up to 0, but where p̂ is close to q they take
+        away what the roundings of either have added to the logarithms.
+        """
         wide = sums(self.kl)
-        mass, kl, factor = self.p_sum.to(wide), self.kl.to(wide), self.factor.to(wide)
+        mass, kl, excess = self.p_sum.to(wide), self.kl.to(wide), self.excess.to(wide)
         known = self.p_sum
         if at_own is not None:
-            known, own = known + at_own, at_own.to(wide)
-            mass, kl = mass + own, kl + torch.xlogy(own, own * factor) - own * self.log_own
+            known, own, log_own = known + at_own, at_own.to(wide), self.log_own.to(wide)
+            mass = mass + own
+            divisor = torch.where(known >= least(known), known, 1).to(wide)
+            kl = kl + torch.xlogy(own, own / divisor) - own * log_own
+            excess = excess + (torch.exp(log_own) - own / divisor)
         alive = known >= least(known)
         mass = torch.where(alive, mass, 0)
-        return torch.where(alive, kl / mass - torch.log(mass * factor), 0 * kl), mass
+        return torch.where(alive, kl / known.to(wide) + excess, 0 * kl), mass
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.gradients.d_queries.mul_(self.scale), self.gradients.d_keys
@@ -119,34 +124,32 @@ class Block:
     def divergence(self, target: Target) -> None:
         """Forms q, and notes the rows' sums.
 
-        Σ p log(p̂/q) with one logarithm of a ratio keeps the digits of p̂ close to q; it wants a q
-        that is a normal number, else the logarithms are subtracted. A mass near 1 may come later.
+        log(p̂/q) by the difference p̂ − q keeps the digits of p̂ close to q; it wants a q that is a
+        normal number, else the logarithms are subtracted.
         """
-        w, p, run, own = self.work, target.p, self.run, target.own
-        low, high = target.extent
-        scaled = not (NEAR_ONE[0] <= low and high <= NEAR_ONE[1])
-        factor = run.factor[self.rows]
-        if scaled:
-            factor.copy_(1 / target.divisor).clamp_(max=1 / least(p))
+        w, p, run, own, rows = self.work, target.p, self.run, target.own, self.rows
         if run.flat:
             self.softmax()
-            torch.div(p, self.q, out=w)
-            if scaled:
-                w.mul_(factor)
-            w.clamp_min_(least(p)).log_()
+            torch.div(p, target.divisor, out=w).sub_(self.q)
             if own is not None:
-                run.log_own[self.rows] = self.q.gather(1, own).log_()
+                w.scatter_(1, own, 0)
+                run.log_own[rows] = self.q.gather(1, own).log_()
+            torch.sum(w, 1, keepdim=True, out=run.excess[rows]).neg_()
+            w.div_(self.q).clamp_min_(torch.finfo(p.dtype).eps / 2 - 1).log1p_()
         else:
             log_q = self.logits()
             log_q.sub_(log_q.amax(1, keepdim=True))
             log_q.sub_(torch.exp(log_q, out=w).sum(1, keepdim=True).log_())
-            if scaled:
-                p = torch.mul(p, factor, out=w)
-            torch.clamp(p, min=least(p), out=w).log_().sub_(log_q)
+            torch.div(p, target.divisor, out=w).clamp_min_(least(p)).log_().sub_(log_q)
             if own is not None:
-                run.log_own[self.rows] = log_q.gather(1, own)
+                run.log_own[rows] = log_q.gather(1, own)
             log_q.exp_()
-        torch.sum(w.mul_(target.p), 1, keepdim=True, out=run.kl[self.rows])
+        torch.sum(w.mul_(p), 1, keepdim=True, out=run.kl[rows])
+        if not run.flat:
+            torch.addcdiv(self.q, p, target.divisor, value=-1, out=w)
+            if own is not None:
+                w.scatter_(1, own, 0)
+            torch.sum(w, 1, keepdim=True, out=run.excess[rows])
 
     def add_gradient(self, target: Target, weights: Tensor | None = None) -> None:
         """Adds up the products with G = weights (q − p̂)."""

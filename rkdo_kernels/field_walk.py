@@ -140,21 +140,20 @@ def _dense_walk(
             tl.store(part + 2 * n, next_own, mask=i < n)
         else:
             finish(
-                divergence, others, next_own, i, row, moves, n, table_ptr, mass_ptr, diagonal_ptr,
+                divergence, others, next_own, i, row, moves, n, mass_ptr, diagonal_ptr,
                 row_sum_ptr, loss_ptr, LOSS, UPDATE,
             )  # fmt: skip
 
 
 @triton.jit
 def finish(
-    divergence,  # [COUNT] fp64, Σ_j p log2(p / e)
+    divergence,  # [COUNT] fp64, Σ_j p log2(p / e) + (e − p) / ln 2
     others,  # [COUNT] fp64, Σ_j of what is stored in the matrix
     next_own,  # [COUNT] fp64, the next diagonal: its own digits, not what the others leave of 1
     i,
     row,
     moves,
     n,
-    table_ptr,
     mass_ptr,
     diagonal_ptr,
     row_sum_ptr,
@@ -166,9 +165,7 @@ def finish(
     mass = tl.load(mass_ptr + i, mask=i < n, other=0.0)
     if LOSS:
         total = tl.load(mass_ptr + n + i, mask=i < n, other=1.0)  # of e
-        inverse = tl.load(table_ptr + INVERSE * n + i, mask=i < n, other=0.0).to(tl.float64)
-        excess = tl.where(mass > 0, mass * inverse, total)  # of p
-        kl = LN2 * divergence / excess - tl.log(excess / total)
+        kl = LN2 * divergence / total
         tl.store(loss_ptr + i, tl.where(mass > 0, kl, 0.0 * total), mask=i < n)
     if UPDATE:
         tl.store(diagonal_ptr + row, next_own.to(tl.float32), mask=moves)
@@ -207,15 +204,15 @@ def _dense_finish(
     if UPDATE:
         moves = moves & (tl.load(table_ptr + KEEP * n + i, mask=i < n, other=-1.0) >= 0)
     finish(
-        divergence, others, next_own, i, row_positions(rows_ptr, first_i, n, BY_ROW, COUNT), moves, n,
-        table_ptr, mass_ptr, diagonal_ptr, row_sum_ptr, loss_ptr, LOSS, UPDATE,
+        divergence, others, next_own, i, row_positions(rows_ptr, first_i, n, BY_ROW, COUNT),
+        moves, n, mass_ptr, diagonal_ptr, row_sum_ptr, loss_ptr, LOSS, UPDATE,
     )  # fmt: skip
 
 
 @triton.jit
 def walk_tile(
-    sums,  # of p log2(p / e), [ROWS, COLS], of what is stored, [ROWS, LANES], in parts; the next
-    # diagonal, [ROWS]
+    sums,  # of p log2(p / e) + (e − p) / ln 2, [ROWS, COLS]; in parts, of what is stored in the
+    # matrix, [ROWS, LANES]; the next diagonal, [ROWS]
     acc,  # [ROWS, WIDTH]
     rows,
     moves,  # [ROWS]: rows to write
@@ -271,7 +268,9 @@ def walk_tile(
     p = stored * inverse + TINY
     divergence, others, next_own = sums
     if LOSS:
-        divergence += p * (log2(p, PRECISION) - x)
+        # Σ e and Σ p are the same: where p is close to e, their difference takes away what
+        # roundings have added to the logarithms.
+        divergence += p * (log2(p, PRECISION) - x) + LOG2E * (e - p)
     if GRADIENT:
         if CHUNKS > 1:
             k = load_rows(

@@ -68,8 +68,9 @@ def hold(field_loss, block, views, temperature=0.5, scale=1.0):
             return rows if reduction == "none" else getattr(rows, reduction)()
 
         assert_as_accurate(
-            lambda r=reduction, **x: field_loss(**x, reduction=r), eager, views, scale / temperature
-        )
+            lambda r=reduction, **x: field_loss(**x, reduction=r), eager, views,
+            scale / temperature, draws=4,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("backend", "stored"), STORED_BY, ids=str)

@@ -1,4 +1,4 @@
-"""Threads that share a field: each of its calls is whole, as if they had come one after the other."""
+"""Threads that share a field: its calls are whole, as if they had come one after the other."""
 
 import copy
 import os
