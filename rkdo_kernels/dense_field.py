@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from . import checks, field_ops, field_tiles
 from .batch import Batch
 from .initial import Initial
 from .needs import NEITHER, Needs, once_only
+from .turns import Turns
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FILLED_AT_ONCE = 1 << 22  # entries
 
 
 class DenseField:
-    """P, n × n: its entries off the diagonal, the diagonal, and what its rows add up to."""
+    """P, n × n, of which each row is meant divided by its sum: the entries off the diagonal, the
+    diagonal, and the sums."""
 
     kind = "dense"
 
@@ -30,6 +33,7 @@ class DenseField:
         device: torch.device,
         seed: int,
     ) -> None:
+        self.turns = Turns()
         size = held[1] - held[0]
         what, instead = (
             f"a dense field of {n} samples",
@@ -63,10 +67,8 @@ class DenseField:
             own = p.diagonal(first + start).clone()
             p.diagonal(first + start).fill_(0)
             others = field_tiles.store(matrix[start:stop], p, first + start, clock)[:, 0]
-            # A row without itself has no mass there, whatever the rounding has left.
-            own = torch.where(own > 0, (1 - others).clamp_min(0), 0).to(diagonal.dtype)
             diagonal[start:stop] = own
-            row_sum[start:stop] = others + own
+            row_sum[start:stop] = others + diagonal[start:stop]
 
     def evaluate(
         self, batch: Batch, alpha: Tensor | None, needs: Needs
@@ -93,9 +95,11 @@ class DenseField:
             matrix, diagonal = self.entries(batch), diagonal[batch.rows]
             place = None, None, batch.own, 0
         loss, _, _ = self.evaluate(batch, alpha, NEITHER)
+        turns = None if torch.compiler.is_compiling() else self.turns
         return Rows.apply(
-            batch.queries, batch.keys, loss, matrix, diagonal, *place, batch.scale, batch.backend
-        )
+            batch.queries, batch.keys, loss, matrix, diagonal, *place, batch.scale, batch.backend,
+            turns,
+        )  # fmt: skip
 
     def entries(self, batch: Batch) -> Tensor:  # [R, B], without the diagonal's
         return self.tensors["matrix"][batch.rows[:, None], batch.index]
@@ -109,7 +113,8 @@ class DenseField:
     def rows(self, batch: Batch) -> Tensor:  # [R, n]
         diagonal = self.tensors["diagonal"][batch.rows, None]
         p = self.tensors["matrix"][batch.rows].to(diagonal.dtype)
-        return p.scatter_(1, batch.index[batch.own, None], diagonal)
+        p.scatter_(1, batch.index[batch.own, None], diagonal)
+        return p.div_(p.sum(1, keepdim=True))
 
 
 class Rows(torch.autograd.Function):
@@ -129,17 +134,19 @@ class Rows(torch.autograd.Function):
         start: int,
         scale: Tensor,
         backend: str,
+        turns: Turns | None,
     ) -> Tensor:
-        ctx.start, ctx.backend = start, backend
+        ctx.start, ctx.backend, ctx.turns = start, backend, turns or nullcontext()
         ctx.save_for_backward(queries, keys, matrix, diagonal, rows, cols, own, scale)
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> Any:  # type: ignore[override]
-        queries, keys, *field, scale = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        gradients = field_ops.dense_gradient(
-            queries.detach(), keys.detach(), *field, ctx.start, scale, d_loss.detach(), needs,
-            ctx.backend,
-        )  # fmt: skip
-        return *once_only(needs, gradients, queries, keys, d_loss), *[None] * 9
+        with ctx.turns:
+            queries, keys, *field, scale = ctx.saved_tensors
+            gradients = field_ops.dense_gradient(
+                queries.detach(), keys.detach(), *field, ctx.start, scale, d_loss.detach(), needs,
+                ctx.backend,
+            )  # fmt: skip
+        return *once_only(needs, gradients, queries, keys, d_loss), *[None] * 10

@@ -113,7 +113,7 @@ class Dense:
             "GRADIENT_PRECISION": launch.gradient_precision(queries),
         }  # fmt: skip
         self.table = queries.new_empty(VALUES, self.n, dtype=torch.float32)
-        self.mass = queries.new_empty(3, self.n, dtype=torch.float64)
+        self.mass = queries.new_empty(2, self.n, dtype=torch.float64)
         self.keys_of_noise = queries.new_empty(self.n + self.m, dtype=torch.int32)
 
     def indices(self, *given: Tensor | None) -> list[Tensor]:
@@ -165,7 +165,7 @@ class Dense:
         splits, span = launch.split(
             blocks, self.m, config.cols, config.warps, self.queries, launch.CROWDED
         )
-        sums = self.mass.new_empty(splits, 2, self.n) if splits > 1 else self.mass
+        sums = self.mass.new_empty(splits, 3, self.n) if splits > 1 else self.mass
         out = self.table if gradient is None else parts.room(gradient, splits)
         _dense_walk[(blocks, stripes, splits)](
             self.queries, self.keys, self.matrix, self.diagonal, self.row_sum,

@@ -20,7 +20,6 @@ BLOCK_BYTES = 3 << 19  # of one of a block's three or four buffers
 LEAST_ROWS = 16
 # Logits whose exponentials are safe unshifted: q stays a normal number over 10⁷ columns.
 LARGEST_LOGIT = {torch.float32: 35.0, torch.float64: 300.0}
-NEAR_ONE = (0.9, 1.1)  # masses whose logarithm takes no digits from a row's sum of logarithms
 
 
 @dataclass(frozen=True)
@@ -61,46 +60,53 @@ class Run:
         if field == torch.float64:
             queries, keys = queries.double(), keys.double()
         self.gradients = Gradients(compute(queries), compute(keys), needs)
-        self.queries, self.keys = compute(queries), compute(keys)
-        self.scale = float(scale.to(self.queries.dtype))  # one too large is infinite
+        self.keys, self.scale = compute(keys), scale.to(compute(queries).dtype)
+        # Not by a product's alpha: some BLAS take one that is NaN for a number.
+        self.scaled = compute(queries) * self.scale
         n, m = len(queries), len(keys)
-        size = self.queries.element_size()
+        size = self.keys.element_size()
         self.rows = max(1, min(n, max(LEAST_ROWS, BLOCK_BYTES // (m * size))))
-        self.memory = self.queries.new_empty(3, self.rows * m)
+        self.memory = self.keys.new_empty(3, self.rows * m)
         entries = self.rows * m if field == torch.bfloat16 else 0
-        self.noise = self.queries.new_empty(entries, dtype=torch.int32)
-        self.flat = is_flat(self.queries, self.keys, self.scale)
-        # Of every row, without its own column: Σ_j p_j and Σ_j p_j log(factor p_j / q_j); log q in
-        # that column; the factor.
-        self.p_sum, self.kl, self.log_own, self.factor = self.queries.new_zeros(4, n, 1)
-        self.factor.fill_(1)
+        self.noise = self.keys.new_empty(entries, dtype=torch.int32)
+        self.flat = is_flat(self.scaled, self.keys)
+        # Of every row, without its own column: Σ_j p_j, Σ_j (q − p̂)_j and Σ_j p_j log(p̂_j / q_j);
+        # log q in that column.
+        self.p_sum, self.excess, self.kl, self.log_own = self.keys.new_zeros(4, n, 1)
 
     def blocks(self) -> Iterator[Block]:
-        for start in range(0, len(self.queries), self.rows):
-            yield Block(self, slice(start, min(start + self.rows, len(self.queries))))
+        for start in range(0, len(self.scaled), self.rows):
+            yield Block(self, slice(start, min(start + self.rows, len(self.scaled))))
 
     def losses(self, at_own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """KL(p̂ ‖ q) and mass by row, [R, 1], in what rows are added up in; both 0 without mass."""
+        """KL(p̂ ‖ q) and mass by row, [R, 1], in what rows are added up in; both 0 without mass.
+
+        As Σ_j p̂ log(p̂/q) − p̂ + q. The last two add up to 0, but where p̂ is close to q they take
+        away what the roundings of either have added to the logarithms.
+        """
         wide = sums(self.kl)
-        mass, kl, factor = self.p_sum.to(wide), self.kl.to(wide), self.factor.to(wide)
+        mass, kl, excess = self.p_sum.to(wide), self.kl.to(wide), self.excess.to(wide)
         known = self.p_sum
         if at_own is not None:
-            known, own = known + at_own, at_own.to(wide)
-            mass, kl = mass + own, kl + torch.xlogy(own, own * factor) - own * self.log_own
+            known, own, log_own = known + at_own, at_own.to(wide), self.log_own.to(wide)
+            mass = mass + own
+            divisor = torch.where(known >= least(known), known, 1).to(wide)
+            kl = kl + torch.xlogy(own, own / divisor) - own * log_own
+            excess = excess + (torch.exp(log_own) - own / divisor)
         alive = known >= least(known)
         mass = torch.where(alive, mass, 0)
-        return torch.where(alive, kl / mass - torch.log(mass * factor), 0 * kl), mass
+        return torch.where(alive, kl / known.to(wide) + excess, 0 * kl), mass
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self.gradients.d_queries.mul_(self.scale), self.gradients.d_keys.mul_(self.scale)
+        return self.gradients.d_queries.mul_(self.scale), self.gradients.d_keys
 
 
 class Block:
     """Rows of the batch against all of its columns: buffers for q, for p, and to work in."""
 
     def __init__(self, run: Run, rows: slice) -> None:
-        self.run, self.rows, self.queries = run, rows, run.queries[rows]
-        n, m = len(self.queries), len(run.keys)
+        self.run, self.rows, self.scaled = run, rows, run.scaled[rows]
+        n, m = len(self.scaled), len(run.keys)
         self.q, self.p, self.work = run.memory[:, : n * m].view(3, n, m).unbind()
         self.noise = run.noise[: n * m].view(-1, m)
 
@@ -113,40 +119,37 @@ class Block:
         x.div_(x.sum(1, keepdim=True))
 
     def logits(self) -> Tensor:
-        run, x = self.run, self.q
-        return torch.addmm(x[:1], self.queries, run.keys.T, beta=0, alpha=run.scale, out=x)
+        return torch.mm(self.scaled, self.run.keys.T, out=self.q)
 
     def divergence(self, target: Target) -> None:
         """Forms q, and notes the rows' sums.
 
-        Σ p log(p̂/q) with one logarithm of a ratio keeps the digits of p̂ close to q; it wants a q
-        that is a normal number, else the logarithms are subtracted. A mass near 1 may come later.
+        log(p̂/q) by the difference p̂ − q keeps the digits of p̂ close to q; it wants a q that is a
+        normal number, else the logarithms are subtracted.
         """
-        w, p, run, own = self.work, target.p, self.run, target.own
-        low, high = target.extent
-        scaled = not (NEAR_ONE[0] <= low and high <= NEAR_ONE[1])
-        factor = run.factor[self.rows]
-        if scaled:
-            factor.copy_(1 / target.divisor).clamp_(max=1 / least(p))
+        w, p, run, own, rows = self.work, target.p, self.run, target.own, self.rows
         if run.flat:
             self.softmax()
-            torch.div(p, self.q, out=w)
-            if scaled:
-                w.mul_(factor)
-            w.clamp_min_(least(p)).log_()
+            torch.div(p, target.divisor, out=w).sub_(self.q)
             if own is not None:
-                run.log_own[self.rows] = self.q.gather(1, own).log_()
+                w.scatter_(1, own, 0)
+                run.log_own[rows] = self.q.gather(1, own).log_()
+            torch.sum(w, 1, keepdim=True, out=run.excess[rows]).neg_()
+            w.div_(self.q).clamp_min_(torch.finfo(p.dtype).eps / 2 - 1).log1p_()
         else:
             log_q = self.logits()
             log_q.sub_(log_q.amax(1, keepdim=True))
             log_q.sub_(torch.exp(log_q, out=w).sum(1, keepdim=True).log_())
-            if scaled:
-                p = torch.mul(p, factor, out=w)
-            torch.clamp(p, min=least(p), out=w).log_().sub_(log_q)
+            torch.div(p, target.divisor, out=w).clamp_min_(least(p)).log_().sub_(log_q)
             if own is not None:
-                run.log_own[self.rows] = log_q.gather(1, own)
+                run.log_own[rows] = log_q.gather(1, own)
             log_q.exp_()
-        torch.sum(w.mul_(target.p), 1, keepdim=True, out=run.kl[self.rows])
+        torch.sum(w.mul_(p), 1, keepdim=True, out=run.kl[rows])
+        if not run.flat:
+            torch.addcdiv(self.q, p, target.divisor, value=-1, out=w)
+            if own is not None:
+                w.scatter_(1, own, 0)
+            torch.sum(w, 1, keepdim=True, out=run.excess[rows])
 
     def add_gradient(self, target: Target, weights: Tensor | None = None) -> None:
         """Adds up the products with G = weights (q − p̂)."""
@@ -167,14 +170,14 @@ class Block:
         if gradients.to_queries:
             torch.mm(g, run.keys, out=gradients.d_queries[self.rows])
         if gradients.to_keys:
-            gradients.d_keys.addmm_(g.T, self.queries)
+            gradients.d_keys.addmm_(g.T, self.scaled)
 
 
-def is_flat(queries: Tensor, keys: Tensor, scale: float) -> bool:
-    """Whether no logit can be large: where asking costs nothing."""
+def is_flat(queries: Tensor, keys: Tensor) -> bool:
+    """Whether no product can be large, as a logit: where asking costs nothing."""
     if queries.device.type != "cpu" or not len(queries):
         return False
-    longest = scale  # in float64: squares of small numbers count
+    longest = 1.0  # in float64: squares of small numbers count
     for x in (queries, keys):
         longest *= float(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).amax())
     return longest <= LARGEST_LOGIT[queries.dtype]

@@ -62,7 +62,7 @@ def _dense_rows(
     alpha_ptr,  # []           in, for UPDATE
     clock_ptr,  # [2]          in, int64, for NOISE
     table_ptr,  # [VALUES, R]  out
-    mass_ptr,  # [3, R]        out, fp64: m_i, the block's next mass, and 1 / f
+    mass_ptr,  # [2, R]        out, fp64: m_i and 1 / f
     noise_ptr,  # [R + B]      out, int32, for NOISE: keys of rows and of columns
     n_rows,
     n_cols,
@@ -103,16 +103,15 @@ def _dense_rows(
     tl.store(out + INVERSE * n_rows, (inverse / f).to(tl.float32), mask=there)
     tl.store(out + WEIGHT * n_rows, weight.to(tl.float32), mask=there)
     tl.store(mass_ptr + i, mass, mask=there)
-    tl.store(mass_ptr + 2 * n_rows + i, total, mask=there)
+    tl.store(mass_ptr + n_rows + i, total, mask=there)
     if UPDATE:
         alpha = tl.load(alpha_ptr).to(tl.float64)
-        after = tl.maximum(mass + (1 - tl.load(row_sum_ptr + row, mask=there, other=1.0)), mass / 2)
+        share = 1 / tl.load(row_sum_ptr + row, mask=there, other=1.0)
         all_of_s = tl.load(total_ptr + i, mask=there, other=0.0)
         moves = (mass > 0) & (f < float("inf")) & (tl.abs(all_of_s) < float("inf"))
-        keep = tl.where(moves, (1 - alpha) * after * inverse, -1.0)
+        keep = tl.where(moves, (1 - alpha) * share, -1.0)
         tl.store(out + KEEP * n_rows, keep.to(tl.float32), mask=there)
-        tl.store(out + GAIN * n_rows, (alpha * after * f).to(tl.float32), mask=there)
-        tl.store(mass_ptr + n_rows + i, after, mask=there)
+        tl.store(out + GAIN * n_rows, (alpha * mass * share * f).to(tl.float32), mask=there)
     if NOISE:
         seed = tl.load(clock_ptr)
         updates = mixed(tl.load(clock_ptr + 1).to(tl.uint32))

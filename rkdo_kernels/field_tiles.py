@@ -36,13 +36,13 @@ def dense_pass(
     """KL(p̂_i ‖ q_i) by row, the gradient of their sum, and the field's next block.
 
         p̂ = P / m,  m_i = Σ_j P_ij over the batch,  q = softmax(c S),  ∂loss_i/∂S = c (q − p̂)
-        P ← max(m_i + 1 − row_sum_i, m_i / 2) ((1 − α) p̂ + α q)
+        P ← m_i / row_sum_i ((1 − α) p̂ + α q)
 
-    The factor is m_i, but for what earlier roundings have left of the row's sum. Entries off
-    the diagonal are rounded to the matrix's dtype, to bfloat16 by chance and without bias; the
-    diagonal takes up what is left of the row. A row whose loss is not finite (in the kernels, whose
-    q is not) stays as it is; one without mass too, and has loss 0 and gradient 0. A scale of NaN so
-    leaves the whole field.
+    Entries off the diagonal are rounded to the matrix's dtype, to bfloat16 stochastically and
+    without bias, the diagonal to float32. So what a row adds up to leaves 1 by its roundings:
+    `row_sum` follows it, and an update divides its block by it. A row whose loss is not finite (in
+    the kernels, whose q is not) stays as it is; one without mass too, and has loss 0 and
+    gradient 0. A scale of NaN so leaves the whole field.
     """
     run = Run(queries, keys, scale, needs, matrix.dtype)
     stored = Stored(matrix, diagonal, rows, cols, own, start, run)
@@ -55,7 +55,7 @@ def dense_pass(
             update.write(block, target)
     loss, mass = run.losses(stored.at_own)
     if update:
-        update.finish(loss, mass)
+        update.finish(mass)
     return loss[:, 0], *run.result()
 
 
@@ -180,7 +180,7 @@ class Stored:
         start: int,
         run: Run,
     ) -> None:
-        n, width, device = len(run.queries), len(run.keys), matrix.device
+        n, width, device = len(run.scaled), len(run.keys), matrix.device
         self.matrix, self.diagonal = matrix, diagonal
         self.whole: Tensor | None = None
         if rows is None and cols is None:
@@ -205,15 +205,17 @@ class Stored:
 
 
 class Update:
-    """The field's next block: entries as blocks go by, the diagonal and the sums at the end."""
+    """The field's next block: the matrix as blocks go by, the diagonal and the sums at the end."""
 
     def __init__(
         self, stored: Stored, run: Run, alpha: Tensor, row_sum: Tensor, clock: Tensor
     ) -> None:
         self.stored, self.row_sum, self.alpha = stored, row_sum, float(alpha)
         self.before = row_sum[stored.rows, None]  # [R, 1]
-        self.slack = (1 - self.before).to(run.kl.dtype)
-        self.others = torch.zeros_like(run.kl)  # [R, 1], Σ_j of what is written
+        self.share = (1 / self.before).to(run.kl.dtype)
+        # [R, 1] each: Σ_j of what is written to the matrix; the next diagonal; which rows move
+        self.others, self.at_own = torch.zeros_like(run.kl), stored.at_own.clone()
+        self.moves = torch.ones_like(run.kl, dtype=torch.bool)
         self.noise = None
         if stored.matrix.dtype == torch.bfloat16:
             self.noise = Noise(stored.cols[stored.own[:, 0]], stored.cols, clock)
@@ -221,13 +223,14 @@ class Update:
     def write(self, block: Block, target: Target) -> None:
         p, q, rows, stored = target.p, block.q, block.rows, self.stored
         assert target.own is not None
-        next_mass = torch.maximum(target.mass + self.slack[rows], target.mass / 2)
-        keep, gain = next_mass / target.divisor * (1 - self.alpha), next_mass * self.alpha
+        share, at_own = self.share[rows], self.at_own[rows]
+        keep, gain = share * (1 - self.alpha), share * self.alpha * target.mass
         loss = block.run.kl[rows] - target.at_own * block.run.log_own[rows]
         if not (target.complete and math.isfinite(float(loss.sum()))):
-            moves = torch.isfinite(loss) & target.alive
+            moves = torch.logical_and(torch.isfinite(loss), target.alive, out=self.moves[rows])
             q.masked_fill_(~moves, 0)
             keep, gain = torch.where(moves, keep, 1), torch.where(moves, gain, 0)
+        at_own.mul_(keep).addcmul_(q.gather(1, target.own), gain)
         p.mul_(keep).addcmul_(q, gain).scatter_(1, target.own, 0)
         if self.noise:
             self.noise.round(p, rows, block.noise)
@@ -239,15 +242,11 @@ class Update:
         elif p.dtype != stored.matrix.dtype:
             stored.whole[rows] = p
 
-    def finish(self, loss: Tensor, mass: Tensor) -> None:  # [R, 1]
-        rows, diagonal, before = self.stored.rows, self.stored.diagonal, self.before
-        moves = torch.isfinite(loss) & (mass > 0)
-        others = self.others.to(mass.dtype)
-        next_mass = torch.maximum(mass + (1 - before), mass / 2)
-        at_own = (next_mass - others).clamp_min_(0).to(diagonal.dtype)
-        diagonal[rows] = torch.where(moves, at_own, diagonal[rows, None])[:, 0]
-        after = before + (others + at_own - mass)
-        self.row_sum[rows] = torch.where(moves, after, before)[:, 0]
+    def finish(self, mass: Tensor) -> None:  # [R, 1]
+        rows, diagonal = self.stored.rows, self.stored.diagonal
+        diagonal[rows] = self.at_own[:, 0].to(diagonal.dtype)
+        change = self.others.to(mass.dtype) + self.at_own.to(mass.dtype) - mass
+        self.row_sum[rows] = (self.before + torch.where(self.moves, change, 0))[:, 0]
 
 
 def store(
@@ -283,7 +282,7 @@ class Past:
         row_labels: Tensor | None,
         col_labels: Tensor | None,
     ) -> None:
-        wide = run.queries.dtype
+        wide = run.keys.dtype
         self.queries = [x.to(wide) * scales[:, s, None] for s, x in enumerate(queries)]
         self.keys = [x.to(wide) for x in keys]
         steps = torch.arange(len(keys), device=keys.device)
@@ -291,7 +290,7 @@ class Past:
         self.weights, self.prior, self.prior_cols = weights, prior, prior_cols
         self.row_labels, self.col_labels = row_labels, col_labels
         pairs = zip(self.queries, self.keys, strict=True)
-        self.flat = [is_flat(x, y, 1.0) for x, y in pairs]
+        self.flat = [is_flat(x, y) for x, y in pairs]
         self.everywhere = [bool(x.all()) for x in self.present]
 
     def target(self, block: Block) -> Target:

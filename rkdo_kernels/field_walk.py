@@ -43,11 +43,11 @@ def _dense_walk(
     cols_ptr,  # [B]           in, int64
     own_ptr,  # [R]            in, int64
     table_ptr,  # [VALUES, R]  in
-    mass_ptr,  # [3, R]        in, fp64
+    mass_ptr,  # [2, R]        in, fp64
     noise_ptr,  # [R + B]      in, int32
     scale_ptr,  # []           in, c
     loss_ptr,  # [R]           out, fp64
-    parts_ptr,  # [splits, 2, R]  out, fp64, for SPLIT: what `finish` takes
+    parts_ptr,  # [splits, 3, R]  out, fp64, for SPLIT: what `finish` takes
     gradient_ptr,  # [R, D]    out; a part a split, where they are split
     queries_stride,
     keys_stride,
@@ -101,7 +101,11 @@ def _dense_walk(
             noise = block_values(noise_ptr, 1, first_i, n, ROWS, 1, True)
     rows = (peak, inverse, keep, gain, noise, own, at_own, row)
     moves = (i < n) & (tl.max(keep, 1) >= 0)
-    sums = (tl.zeros([ROWS, COLS], tl.float32), tl.zeros([ROWS, LANES], tl.float32))
+    sums = (
+        tl.zeros([ROWS, COLS], tl.float32),
+        tl.zeros([ROWS, LANES], tl.float32),
+        tl.zeros([ROWS], tl.float32),
+    )
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     stripe = tl.program_id(1) * WIDTH
     whole, first, last = touched(own, m, ROWS, COLS)
@@ -128,26 +132,28 @@ def _dense_walk(
     if LOSS or UPDATE:
         divergence = tl.sum(sums[0], 1).to(tl.float64)
         others = tl.sum(sums[1], 1).to(tl.float64)
+        next_own = sums[2].to(tl.float64)
         if SPLIT:
-            part = parts_ptr + tl.program_id(2) * tl.cast(n, tl.int64) * 2 + i
+            part = parts_ptr + tl.program_id(2) * tl.cast(n, tl.int64) * 3 + i
             tl.store(part, divergence, mask=i < n)
             tl.store(part + n, others, mask=i < n)
+            tl.store(part + 2 * n, next_own, mask=i < n)
         else:
             finish(
-                divergence, others, i, row, moves, n, table_ptr, mass_ptr, diagonal_ptr,
+                divergence, others, next_own, i, row, moves, n, mass_ptr, diagonal_ptr,
                 row_sum_ptr, loss_ptr, LOSS, UPDATE,
             )  # fmt: skip
 
 
 @triton.jit
 def finish(
-    divergence,  # [COUNT] fp64, Σ_j p log2(p / e)
-    others,  # [COUNT] fp64, Σ_j of what is stored
+    divergence,  # [COUNT] fp64, Σ_j p log2(p / e) + (e − p) / ln 2
+    others,  # [COUNT] fp64, Σ_j of what is stored in the matrix
+    next_own,  # [COUNT] fp64, the next diagonal: its own digits, not what the others leave of 1
     i,
     row,
     moves,
     n,
-    table_ptr,
     mass_ptr,
     diagonal_ptr,
     row_sum_ptr,
@@ -158,26 +164,21 @@ def finish(
     """The rows' losses, diagonals and sums."""
     mass = tl.load(mass_ptr + i, mask=i < n, other=0.0)
     if LOSS:
-        total = tl.load(mass_ptr + 2 * n + i, mask=i < n, other=1.0)  # of e
-        inverse = tl.load(table_ptr + INVERSE * n + i, mask=i < n, other=0.0).to(tl.float64)
-        excess = tl.where(mass > 0, mass * inverse, total)  # of p
-        kl = LN2 * divergence / excess - tl.log(excess / total)
+        total = tl.load(mass_ptr + n + i, mask=i < n, other=1.0)  # of e
+        kl = LN2 * divergence / total
         tl.store(loss_ptr + i, tl.where(mass > 0, kl, 0.0 * total), mask=i < n)
     if UPDATE:
-        after = tl.load(mass_ptr + n + i, mask=i < n, other=0.0)
-        left_over = tl.maximum(after - others, 0.0).to(tl.float32)
-        tl.store(diagonal_ptr + row, left_over, mask=moves)
+        tl.store(diagonal_ptr + row, next_own.to(tl.float32), mask=moves)
         before = tl.load(row_sum_ptr + row, mask=moves, other=0.0)
-        sum_now = before + (others + left_over.to(tl.float64) - mass)
-        tl.store(row_sum_ptr + row, sum_now, mask=moves)
+        tl.store(row_sum_ptr + row, before + (others + next_own - mass), mask=moves)
 
 
 @triton.jit
 def _dense_finish(
-    parts_ptr,  # [splits, 2, R]  in, fp64
+    parts_ptr,  # [splits, 3, R]  in, fp64
     rows_ptr,  # [R]              in, int64
     table_ptr,  # [VALUES, R]     in
-    mass_ptr,  # [3, R]           in, fp64
+    mass_ptr,  # [2, R]           in, fp64
     diagonal_ptr,  # [n]          in, out; see _dense_walk
     row_sum_ptr,  # [n]           in, out, fp64
     loss_ptr,  # [R]              out, fp64
@@ -193,22 +194,25 @@ def _dense_finish(
     i = first_i + tl.arange(0, COUNT)
     divergence = tl.zeros([COUNT], tl.float64)
     others = tl.zeros([COUNT], tl.float64)
+    next_own = tl.zeros([COUNT], tl.float64)
     for s in range(splits):
-        part = parts_ptr + s * tl.cast(n, tl.int64) * 2 + i
+        part = parts_ptr + s * tl.cast(n, tl.int64) * 3 + i
         divergence += tl.load(part, mask=i < n, other=0.0)
         others += tl.load(part + n, mask=i < n, other=0.0)
+        next_own += tl.load(part + 2 * n, mask=i < n, other=0.0)
     moves = i < n
     if UPDATE:
         moves = moves & (tl.load(table_ptr + KEEP * n + i, mask=i < n, other=-1.0) >= 0)
     finish(
-        divergence, others, i, row_positions(rows_ptr, first_i, n, BY_ROW, COUNT), moves, n,
-        table_ptr, mass_ptr, diagonal_ptr, row_sum_ptr, loss_ptr, LOSS, UPDATE,
+        divergence, others, next_own, i, row_positions(rows_ptr, first_i, n, BY_ROW, COUNT),
+        moves, n, mass_ptr, diagonal_ptr, row_sum_ptr, loss_ptr, LOSS, UPDATE,
     )  # fmt: skip
 
 
 @triton.jit
 def walk_tile(
-    sums,  # of p log2(p / e), [ROWS, COLS], and of what is stored, [ROWS, LANES], in parts
+    sums,  # of p log2(p / e) + (e − p) / ln 2, [ROWS, COLS]; in parts, of what is stored in the
+    # matrix, [ROWS, LANES]; the next diagonal, [ROWS]
     acc,  # [ROWS, WIDTH]
     rows,
     moves,  # [ROWS]: rows to write
@@ -262,9 +266,11 @@ def walk_tile(
         e = tl.where(here, e, 0.0)
         stored = tl.where(mine & here, at_own[:, None], stored)
     p = stored * inverse + TINY
-    divergence, others = sums
+    divergence, others, next_own = sums
     if LOSS:
-        divergence += p * (log2(p, PRECISION) - x)
+        # Σ e and Σ p are the same: where p is close to e, their difference takes away what
+        # roundings have added to the logarithms.
+        divergence += p * (log2(p, PRECISION) - x) + LOG2E * (e - p)
     if GRADIENT:
         if CHUNKS > 1:
             k = load_rows(
@@ -274,6 +280,7 @@ def walk_tile(
     if UPDATE:
         new = stored * keep + e * gain
         if EDGE:
+            next_own += tl.sum(tl.where(mine & here, new, 0.0), 1)
             new = tl.where(mine, 0.0, new)
         if NOISE:
             col_noise = block_values(noise_ptr + n, 1, first_j, m, COLS, 0, EDGE)
@@ -285,4 +292,4 @@ def walk_tile(
         if EDGE:
             there = there & here
         tl.store(at, new.to(matrix_ptr.dtype.element_ty), mask=there)
-    return (divergence, others), acc
+    return (divergence, others, next_own), acc

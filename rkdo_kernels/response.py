@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .initial import Initial
 from .losses import REDUCTIONS, Backend, Reduction
 from .needs import NEITHER, needed
 from .ops import product_dtype, row_dtype
+from .turns import Turns, in_turn
 
 
 class ResponseField:
@@ -38,6 +40,9 @@ class ResponseField:
     With a `process_group` rows are held by rank: every rank brings as many samples, none twice, and
     calls the same methods in the same order. A mean or a sum is that of all ranks' samples, and
     DDP's average of the gradients is the gradient of it; "none" gives the losses of a rank's own.
+
+    Threads may share a field: each call sees it as another call has left it. Compiled calls of one
+    field are for one thread at a time.
     """
 
     def __init__(self, state: Any, n: int, group: Any) -> None:
@@ -101,6 +106,7 @@ class ResponseField:
         state = snapshot_field.SnapshotField(n, rows, dim, history, dtype, start, device, group)
         return cls(state, n, group)
 
+    @in_turn
     def loss(
         self,
         queries: Tensor,  # [B, D]
@@ -129,6 +135,7 @@ class ResponseField:
         batch = self._batch(queries, keys, index, temperature, backend)
         return self._evaluate(batch, None, reduction)
 
+    @in_turn
     def update(
         self,
         queries: Tensor,  # [B, D]
@@ -156,6 +163,7 @@ class ResponseField:
             batch = self._batch(queries, keys, index, temperature, backend)
             self._state.evaluate(batch, alpha_tensor, NEITHER)
 
+    @in_turn
     def step(
         self,
         queries: Tensor,  # [B, D]
@@ -178,11 +186,13 @@ class ResponseField:
         batch = self._batch(queries, keys, index, temperature, backend)
         return self._evaluate(batch, alpha_tensor, reduction)
 
+    @in_turn
     def block(self, index: Index) -> Tensor:  # [B, B]
         """p̂ over a batch: rows of P[I, I], each divided by what it adds up to."""
         batch = self._samples(index)
         return self._of_all(self._state.block(batch), batch)
 
+    @in_turn
     def rows(self, index: Index) -> Tensor:  # [B, n]
         """Rows of a dense field.
 
@@ -213,6 +223,7 @@ class ResponseField:
         """How often the field was updated; reads the device."""
         return int(self._tensors["clock"][1])
 
+    @in_turn
     def state_dict(self, *, copy: bool = True) -> dict[str, Any]:
         """Everything the field is (on this rank): copies, which a later update leaves alone.
 
@@ -222,6 +233,7 @@ class ResponseField:
         tensors = {name: x.clone() if copy else x for name, x in self._tensors.items()}
         return {"kind": self.kind, "n": self._n, "held": list(self._held), **tensors}
 
+    @in_turn
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what `state_dict` returned for a field of the same making.
 
@@ -253,11 +265,21 @@ class ResponseField:
             for name, x in self._tensors.items():
                 x.copy_(state[name])
 
+    @in_turn
     def to(self, device: torch.device | str) -> ResponseField:
         """Moves the state, and returns the field."""
         place = torch.empty(0, device=device).device
         self._state.to(place)
         return self
+
+    @in_turn
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles: a state that a later update leaves alone."""
+        return {**self.__dict__, "_state": deepcopy(self._state)}
+
+    @in_turn
+    def __deepcopy__(self, memo: dict[int, Any]) -> ResponseField:
+        return ResponseField(deepcopy(self._state, memo), self._n, self._group)
 
     def __len__(self) -> int:
         return self._n
@@ -273,6 +295,10 @@ class ResponseField:
         )
 
     # ---- within ----------------------------------------------------------------------------------
+
+    @property
+    def _turns(self) -> Turns:
+        return self._state.turns
 
     @property
     def _tensors(self) -> dict[str, Tensor]:

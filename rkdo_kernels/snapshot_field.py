@@ -13,6 +13,7 @@ from .batch import Batch
 from .initial import Initial
 from .needs import NEITHER, Needs, once_only
 from .problem import without_autocast
+from .turns import Turns
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LARGEST = 2.0**32  # an embedding's entry that is kept: a later batch pairs it with any other's
@@ -34,6 +35,7 @@ class SnapshotField:
         device: torch.device,
         group: Any,
     ) -> None:
+        self.turns = Turns()
         size, self.group, self.held, self.initial = held[1] - held[0], group, held, initial
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         what = f"a snapshot field of {n} samples, dim={dim}, history={history}"

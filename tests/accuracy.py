@@ -60,14 +60,38 @@ def cast(inputs, dtype):
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
-def assert_as_accurate(loss, eager, inputs, scale=1.0):
-    """Holds `loss` to the yardstick; `eager` is the same function materialised, for any dtype."""
+def assert_as_accurate(loss, eager, inputs, scale=1.0, draws=1):
+    """Holds `loss` to the yardstick; `eager` is the same function materialised, for any dtype. With
+    `draws`, to the worst of so many of eager's errors: see `worst_of_draws`."""
     ours = evaluate(loss, inputs)
     if "temperature" in inputs:
         inputs = {**inputs, "temperature": inputs["temperature"].repeat(len(inputs["queries"]), 1)}
     naive = rounded_once(eager, inputs)
     assert ours["value"].dtype == naive["value"].dtype
-    compare(ours, naive, evaluate(eager, cast(inputs, torch.float64)), scale)
+    truth = evaluate(eager, cast(inputs, torch.float64))
+    if draws > 1:
+        naive = worst_of_draws(eager, inputs, naive, truth, draws)
+    compare(ours, naive, truth, scale)
+
+
+def worst_of_draws(eager, inputs, naive, truth, draws):
+    """`naive`, but by name the worst of what eager finds on the same numbers, with the embeddings'
+    dimensions in other orders.
+
+    Where few numbers count, their errors cancel by luck on one machine and not on another: a loss
+    of three rows had 2.5e-8 in one order and 1.7e-7 in the next. No order is more exact than
+    another, so what a correct kernel may have is eager's worst.
+    """
+    for seed in range(1, draws):
+        d = inputs["queries"].shape[1]
+        order = torch.randperm(d, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        wide = naive["value"].dtype
+        found = evaluate(eager, {name: x[:, order].to(wide) for name, x in inputs.items()})
+        for name, x in found.items():
+            other = x if name == "value" else x[:, order.argsort()].to(naive[name].dtype)
+            if largest(other - truth[name]) > largest(naive[name] - truth[name]):
+                naive = {**naive, name: other}
+    return naive
 
 
 def compare(ours, naive, truth, scale=1.0):

@@ -81,8 +81,9 @@ ARROWS = {
     # the response field: p⁰, its two kinds of state, a batch of it, the class
     "initial": {"checks"},
     "batch": {"checks", "distributed", "launch", "needs", "once", "ops", "problem"},
-    "dense_field": {"batch", "checks", "field_ops", "field_tiles", "initial", "needs"},
-    "snapshot_field": {"batch", "checks", "field_ops", "initial", "needs", "problem"},
+    "turns": set(),
+    "dense_field": {"batch", "checks", "field_ops", "field_tiles", "initial", "needs", "turns"},
+    "snapshot_field": {"batch", "checks", "field_ops", "initial", "needs", "problem", "turns"},
     "response": {
         "batch",
         "checks",
@@ -93,6 +94,7 @@ ARROWS = {
         "needs",
         "ops",
         "snapshot_field",
+        "turns",
     },
     # losses: arguments, rows, public functions, modules
     "problem": {"checks", "constants", "launch", "needs", "once", "ops", "small", "stand_ins"},
