@@ -69,7 +69,10 @@ def test_misaligned_addresses():
     assert one("ld.global.b32 %r1, [%rd0+2];", ints()) == wrong
     assert one("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0+8];", ints()) == wrong
     assert one("mov.b32 %r1, 6; ld.shared.b32 %r2, [%r1];", shared=64) == wrong
-    assert one("mov.b32 %r1, 8; cp.async.cg.shared.global [%r1], [%rd0], 16;", ints(), shared=64) == wrong
+    assert (
+        one("mov.b32 %r1, 8; cp.async.cg.shared.global [%r1], [%rd0], 16;", ints(), shared=64)
+        == wrong
+    )
 
 
 def test_shared_bounds():
@@ -78,7 +81,9 @@ def test_shared_bounds():
     clean(store.format(0), ints(), shared=128)
     assert one(store.format(4), ints(), shared=128) == {wrong}
     assert one(store.format(-4), ints(), shared=128) == {wrong}
-    assert wrong in one(OWN + "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];", ints(), shared=0)
+    assert wrong in one(
+        OWN + "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];", ints(), shared=0
+    )
 
 
 def test_more_shared_memory_than_there_is():
@@ -157,7 +162,9 @@ ld.shared.b32 %r2, [%r1]; st.global.b32 [%rd10], %r2;"""
     clean(body.replace("{}", "0"), ints(), shared=128)
     assert wrong in one(body.replace("{}", "1"), ints(), shared=128)
     early = "cp.async.wait_group {};\nld.shared.b32 %r2, [%r1];"
-    written = body.replace(early, "st.shared.b32 [%r1], %r0; cp.async.wait_all; ld.shared.b32 %r2, [%r1];")
+    written = body.replace(
+        early, "st.shared.b32 [%r1], %r0; cp.async.wait_all; ld.shared.b32 %r2, [%r1];"
+    )
     assert one(written, ints(), shared=128) == {wrong}
 
 
@@ -228,10 +235,11 @@ def test_wgmma_reads_shared_memory_until_its_wait():
     assert checked(product(after="@%p1 st.shared.b32 [%r1+2048], %r2;")) & RACES
 
 
-def test_wgmma_wants_its_fence_after_other_writes_of_its_registers():
-    wrong = {"register written after the last wgmma.fence before wgmma"}
+def test_wgmma_wants_its_fence_after_others_use_its_registers():
+    wrong = {"register used after the last wgmma.fence before wgmma"}
     assert checked(product(fence="")) == wrong
     assert checked(product(fence="wgmma.fence.sync.aligned; mov.f32 %f1, 0f00000000;")) == wrong
+    assert checked(product(fence="wgmma.fence.sync.aligned; mov.f32 %f9, %f1;")) == wrong
     assert checked(product(between=MULTIPLY)) == set()  # into the same accumulators again
 
 
@@ -305,7 +313,9 @@ def test_a_program_ends():
 
 
 def test_an_operation_that_is_not_there_is_named():
-    with pytest.raises(BenchError, match=r"k, line \d+ of the PTX: the interpreter has no tcgen05\.alloc"):
+    with pytest.raises(
+        BenchError, match=r"k, line \d+ of the PTX: the interpreter has no tcgen05\.alloc"
+    ):
         run("tcgen05.alloc %r1;")
     with pytest.raises(BenchError, match="has no add.f32 .*3 operands, not 2"):
         run("add.f32 %f1, %f2;")

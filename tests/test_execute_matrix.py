@@ -32,9 +32,8 @@ def load_words(register, base, row, column, words_a_row):
 def fragment(register, base, place, per_row):
     """One register of a fragment: rows g + r0, words t + c0."""
     row, column = place
-    return (
-        f"add.s32 %r4, %r1, {row}; add.s32 %r5, %r2, {column};"
-        + load_words(register, base, "%r4", "%r5", per_row)
+    return f"add.s32 %r4, %r1, {row}; add.s32 %r5, %r2, {column};" + load_words(
+        register, base, "%r4", "%r5", per_row
     )
 
 
@@ -46,7 +45,9 @@ def accumulator(i):
     )
 
 
-@pytest.mark.parametrize("kind, depth", [("bf16", 16), ("f16", 16), ("bf16", 8), ("f16", 8), ("tf32", 8), ("tf32", 4)])
+@pytest.mark.parametrize(
+    "kind, depth", [("bf16", 16), ("f16", 16), ("bf16", 8), ("f16", 8), ("tf32", 8), ("tf32", 4)]
+)
 def test_mma(kind, depth):
     a, b, c = matrix(16, depth, kind), matrix(depth, 8, kind, 1), matrix(16, 8, "tf32", 2)
     want = a.float() @ b.float() + c
@@ -58,13 +59,17 @@ def test_mma(kind, depth):
     for r in range(b_count):  # b is given by columns
         body.append(fragment(f"%r{20 + r}", "%rd1", (0, 4 * r), per_row))
     for r in range(4):
-        body.append(accumulator(r) + f"mad.wide.s32 %rd30, %r3, 4, %rd2; ld.global.b32 %f{r}, [%rd30];")
+        body.append(
+            accumulator(r) + f"mad.wide.s32 %rd30, %r3, 4, %rd2; ld.global.b32 %f{r}, [%rd30];"
+        )
     body.append(
         f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32 {listed('%f', 4, 4)},"
         f"{listed('%r', 10, a_count)}, {listed('%r', 20, b_count)}, {listed('%f', 0, 4)};"
     )
     for r in range(4):
-        body.append(accumulator(r) + f"mad.wide.s32 %rd30, %r3, 4, %rd2; st.global.b32 [%rd30], %f{4 + r};")
+        body.append(
+            accumulator(r) + f"mad.wide.s32 %rd30, %r3, 4, %rd2; st.global.b32 [%rd30], %f{4 + r};"
+        )
     programs.clean("\n".join(body), words(a), words(b.T), c)
     assert torch.equal(c, want)
 
@@ -80,10 +85,13 @@ def test_ldmatrix(count, transposed):
         f"and.b32 %r1, %r0, {8 * count - 1}; shl.b32 %r2, %r1, 4; mad.wide.u32 %rd10, %r1, 16, %rd0;"
         "setp.lt.u32 %p1, %r0, " + str(8 * count) + ";"
         "ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd10];"
-        "@%p1 st.shared.v4.b32 [%r2], {%r4, %r5, %r6, %r7};" + SYNC
+        "@%p1 st.shared.v4.b32 [%r2], {%r4, %r5, %r6, %r7};"
+        + SYNC
         + f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {listed('%r', 10, count)}, [%r2];"
         "mad.wide.u32 %rd11, %r0, 4, %rd1;"
-        + each(count, "").join(f"st.global.b32 [%rd11+{128 * i}], %r{10 + i};" for i in range(count))
+        + each(count, "").join(
+            f"st.global.b32 [%rd11+{128 * i}], %r{10 + i};" for i in range(count)
+        )
     )
     programs.clean(body, x, out, shared=512)
     for j in range(count):
@@ -100,10 +108,12 @@ def test_stmatrix(count, transposed):
     trans = ".trans" if transposed else ""
     loads = "".join(f"ld.global.b32 %r{10 + i}, [%rd11+{128 * i}];" for i in range(count))
     body = (
-        "mad.wide.u32 %rd11, %r0, 4, %rd0;" + loads
+        "mad.wide.u32 %rd11, %r0, 4, %rd0;"
+        + loads
         + f"and.b32 %r1, %r0, {8 * count - 1}; shl.b32 %r2, %r1, 4;"
         f"stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r2], {listed('%r', 10, count)};"
-        + SYNC + "ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r2];"
+        + SYNC
+        + "ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r2];"
         f"setp.lt.u32 %p1, %r0, {8 * count}; mad.wide.u32 %rd12, %r1, 16, %rd1;"
         "@%p1 st.global.v4.b32 [%rd12], {%r4, %r5, %r6, %r7};"
     )
@@ -154,7 +164,11 @@ def wgmma_body(size, mode, kind, n, offsets, transposed, in_registers, scale=1, 
     accumulators = listed("%f", 0, n // 2)
     flags = ""
     if kind != "tf32":
-        flags = f", {int(transposed[1])}" if in_registers else "".join(f", {int(t)}" for t in transposed)
+        flags = (
+            f", {int(transposed[1])}"
+            if in_registers
+            else "".join(f", {int(t)}" for t in transposed)
+        )
     first = "%rd10" if a else listed("%r", 20, 4)
     body = f"""
 shl.b32 %r1, %r0, 2; add.s64 %rd20, %rd0, 0; mov.u32 %r2, %r1;
@@ -265,7 +279,9 @@ mad.wide.u32 %rd11, %r0, 4, %rd1; st.global.b32 [%rd11], %r3;"""
     assert out.tolist() == [7 * (move(i) if fit else i) for i, fit in zip(lanes, fits, strict=True)]
 
 
-@pytest.mark.parametrize("name, kind", [("min", "s32"), ("max", "s32"), ("max", "u32"), ("add", "u32"), ("xor", "b32")])
+@pytest.mark.parametrize(
+    "name, kind", [("min", "s32"), ("max", "s32"), ("max", "u32"), ("add", "u32"), ("xor", "b32")]
+)
 def test_redux(name, kind):
     x = torch.randint(-(2**31), 2**31, (32,), generator=torch.Generator().manual_seed(0)).int()
     out = torch.zeros(32, dtype=torch.int32)
@@ -274,7 +290,9 @@ redux.sync.{name}.{kind} %r2, %r1, 0xffffffff;
 mad.wide.u32 %rd11, %r0, 4, %rd1; st.global.b32 [%rd11], %r2;"""
     programs.clean(body, x, out)
     values = [v % 2**32 if kind != "s32" else v for v in x.tolist()]
-    want = {"min": min, "max": max, "add": sum}.get(name, lambda v: __import__("functools").reduce(int.__xor__, v))(values)
+    want = {"min": min, "max": max, "add": sum}.get(
+        name, lambda v: __import__("functools").reduce(int.__xor__, v)
+    )(values)
     assert {v % 2**32 for v in out.tolist()} == {want % 2**32}
 
 

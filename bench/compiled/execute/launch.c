@@ -9,7 +9,7 @@ static void nothing(Warp *W, const Instruction *I, uint32_t m) { }
 static void trap(Warp *W, const Instruction *I, uint32_t m) { report(TRAPPED, m); }
 #include "operations.h"   // generated: one function an operation, and their table
 enum { BRANCH, BARRIER, RETURN, FIRST_OF_TABLE };
-enum { UNCHECKED = -2 };   // as a target: wgmma, whose accumulators another one under way may have
+enum { ON_WGMMA_REGISTERS = -3 };   // as a target: not wgmma itself, and has a register of one
 enum { AT_BARRIER = 1, AT_END = 2 };
 
 typedef struct {
@@ -17,8 +17,11 @@ typedef struct {
   int64_t n, most, executed, left;   // instructions: of the code, allowed a program, so far
 } Run;
 
-static void check_busy(Warp *W, const Instruction *I) {
-  for (int k = 0; k < I->count; k++) if (W->busy[SLOT(k)]) report(WGMMA_REGISTER, k);
+static void use_wgmma_registers(Warp *W, const Instruction *I) {
+  for (int k = 0; k < I->count; k++) {
+    if (W->busy[SLOT(k)]) report(WGMMA_REGISTER, k);
+    W->traces[SLOT(k)].fences = W->wgmma_fences;
+  }
 }
 
 // Lanes that stand at the least place go on together ("Independent thread scheduling" allows any
@@ -51,7 +54,7 @@ static int advance(Warp *W, Run *run, int *barrier) {
       }
       if (I->op >= FIRST_OF_TABLE) {
         if (m) {
-          if (W->n_products && I->target != UNCHECKED) check_busy(W, I);
+          if (I->target == ON_WGMMA_REGISTERS) use_wgmma_registers(W, I);
           operations[I->op - FIRST_OF_TABLE](W, I, m);
         }
         pc++;

@@ -47,7 +47,7 @@ KINDS = (  # warp.h: enum Kind
     "shared memory stored, and read by wgmma, with no fence.proxy.async between",
     "shared memory overwritten while wgmma reads it",
     "register of a wgmma under way",
-    "register written after the last wgmma.fence before wgmma",
+    "register used after the last wgmma.fence before wgmma",
     "address that depends on what was never written",
     "condition that depends on what was never written",
     "stored value that depends on what was never written",

@@ -197,7 +197,7 @@ static void wgmma_issue(Warp *W, const Instruction *I, uint32_t m) {
   if (SET(na + 1) != 0xffffffffu) report(UNSET_CONDITION, na + 1);
   if (!in_registers && SET(0) != 0xffffffffu) report(UNSET_ADDRESS, 0);
   if (SET(na) != 0xffffffffu) report(UNSET_ADDRESS, na);
-  // "wgmma.fence": before the first one, and after other instructions wrote d or a.
+  // "wgmma.fence": before the first one, and after other instructions used d or a.
   for (int k = 0; k < I->count; k++) {
     int is_register = k > na + 1 || (in_registers && k < 4);
     if (is_register && W->traces[SLOT(k)].fences == W->wgmma_fences) report(WGMMA_FENCE, k);

@@ -170,7 +170,7 @@ static void write_shared(uint32_t at, int size, uint32_t who, const uint8_t *val
     }
     writer[i] = epoch << 16 | who;
     state[i] = is_set ? WRITTEN : 0;
-    if (has_products && value) {
+    if (has_products) {
       stored[i] = clock_now;
       stored_by[i] = warp_now;
     }
@@ -275,6 +275,8 @@ static void land(Warp *W, int before) {   // the groups before that one
     for (uint32_t i = c.to >> grain; i <= (c.to + c.size - 1) >> grain; i++) {
       state[i] = WRITTEN;
       writer[i] = epoch << 16 | who;
+      stored[i] = clock_now;   // cp.async writes by the generic proxy: an ordinary store
+      stored_by[i] = W->id;
     }
     memset(shared + c.to, 0, c.size);
     if (c.bytes) memcpy(shared + c.to, (void *)c.from, c.bytes);

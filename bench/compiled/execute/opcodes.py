@@ -105,7 +105,9 @@ def logic() -> dict[str, Operation]:
         found[f"shr.{kind}"] = Operation((kind, kind, "u32"), f"b >= {size} ? 0 : a >> b")
     for kind in SIGNED:
         size = int(kind[1:])
-        found[f"shr.{kind}"] = Operation((kind, kind, "u32"), f"a >> (b >= {size} ? {size - 1} : b)")
+        found[f"shr.{kind}"] = Operation(
+            (kind, kind, "u32"), f"a >> (b >= {size} ? {size - 1} : b)"
+        )
     for side, mode in product("lr", ("wrap", "clamp")):
         amount = "(c & 31)" if mode == "wrap" else "(c > 32 ? 32 : c)"
         both = "((uint64_t)b << 32 | a)"

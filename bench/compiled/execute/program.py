@@ -13,8 +13,9 @@ from .opcodes import OPERATIONS, spelling, width
 from .ptx import Listing, Statement
 
 INSTRUCTION = struct.Struct("<10i2q")  # warp.h: Instruction
+TARGET = 12  # where in it a branch's target stands
 BRANCH, BARRIER, RETURN, FIRST_OF_TABLE = range(4)
-UNCHECKED = -2  # as a target: wgmma may use the accumulators of another one under way
+ON_WGMMA_REGISTERS = -3  # as a target: not wgmma itself, and has a register of one
 ADDRESS = re.compile(r"\[\s*(.+?)\s*(?:\+\s*(-?\w+)\s*)?\]$")
 NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]+|\d+)U?$")
 SPECIAL = (
@@ -35,9 +36,7 @@ HAND_WRITTEN = {  # operations of warp.h, memory.h and matrix.h: C functions by 
     "wgmma.fence": "wgmma_fence", "wgmma.commit_group": "wgmma_commit",
     "wgmma.wait_group": "wgmma_wait", "nothing": "nothing", "trap": "trap",
 }  # fmt: skip
-NUMBERS = {
-    name: number for number, name in enumerate([*OPERATIONS, *HAND_WRITTEN], FIRST_OF_TABLE)
-}
+NUMBERS = {name: number for number, name in enumerate([*OPERATIONS, *HAND_WRITTEN], FIRST_OF_TABLE)}
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2}
 MEMORY_MODIFIERS = {"volatile", "relaxed", "weak", "gpu", "sys", "cta"}
 
@@ -86,6 +85,7 @@ class _Assembler:
         # A statement may become several instructions: places of the former, for labels.
         self.places: list[int] = []
         self.branches: list[tuple[int, str]] = []
+        self.wgmma_registers: set[int] = set()
         for statement in listing.statements:
             self.places.append(self.program.count)
             try:
@@ -99,7 +99,17 @@ class _Assembler:
         self.places.append(self.program.count)
         for at, label in self.branches:
             place = self.places[listing.labels[label]]
-            struct.pack_into("<i", self.program.code, at * INSTRUCTION.size + 12, place)
+            struct.pack_into("<i", self.program.code, at * INSTRUCTION.size + TARGET, place)
+        if self.wgmma_registers:
+            self.mark_wgmma_registers()
+
+    def mark_wgmma_registers(self) -> None:
+        code, operands = self.program.code, self.program.operands
+        for at, fields in enumerate(INSTRUCTION.iter_unpack(bytes(code))):
+            op, first, count = fields[0], fields[5], fields[6]
+            used = not self.wgmma_registers.isdisjoint(operands[first : first + count])
+            if used and op != NUMBERS["wgmma"]:
+                struct.pack_into("<i", code, at * INSTRUCTION.size + TARGET, ON_WGMMA_REGISTERS)
 
     # ---- operands
 
@@ -357,7 +367,9 @@ class _Assembler:
         flags = 0
         if a.startswith("{"):
             flags |= 1
-        first = [self.operand(text.strip(), 4 if flags else 8) for text in a.strip("{} ").split(",")]
+        first = [
+            self.operand(text.strip(), 4 if flags else 8) for text in a.strip("{} ").split(",")
+        ]
         numbers = [int(text, 0) for text in signs] or [1, 1]
         transposed = numbers[2:]
         if flags:
@@ -366,9 +378,8 @@ class _Assembler:
         flags |= 8 * (numbers[0] == -1) | 16 * (numbers[1] == -1)
         slots = [*first, self.operand(b, 8), self.operand(scale, 0)]
         slots += [self.operand(text.strip(), 4) for text in d.strip("{} ").split(",")]
-        return Fields(
-            "wgmma", slots, int(found.group(1)), KINDS[parts[-1]], flags, target=UNCHECKED
-        )
+        self.wgmma_registers.update(slots[: len(first)] if flags & 1 else (), slots[len(first) + 2 :])
+        return Fields("wgmma", slots, int(found.group(1)), KINDS[parts[-1]], flags)
 
     def named(self, name: str) -> Callable[..., Fields]:
         return lambda parts, operands: Fields(name, [])

@@ -18,7 +18,7 @@ typedef struct {
 // its slot, a bit a lane.
 typedef struct {
   uint32_t set;      // lanes whose value does not come from something that was never written
-  uint32_t fences;   // wgmma.fence executed when it was last written
+  uint32_t fences;   // of wgmma: how many there had been at its last use by anything else
 } Trace;
 
 typedef struct { int lane, size, bytes, group; uint32_t to; uint64_t from; } Copy;
@@ -78,7 +78,6 @@ static inline uint64_t lane_bits(Warp *W, const Instruction *I, int k, int l) {
 static inline void mark(Warp *W, const Instruction *I, int k, uint32_t m, uint32_t set) {
   Trace *trace = W->traces + SLOT(k);
   trace->set = (trace->set & ~m) | (set & m);
-  trace->fences = W->wgmma_fences;
 }
 static inline void put32(Warp *W, const Instruction *I, int k, const uint32_t *value, uint32_t m) {
   uint32_t *to = V32(k);
