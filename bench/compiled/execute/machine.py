@@ -81,6 +81,8 @@ class Execution:
     instructions: int  # of warps
     seconds: float
     violations: list[Violation] = field(default_factory=list)
+    reached: frozenset[int] = frozenset()  # lines of the PTX that were executed
+    masked: frozenset[int] = frozenset()  # and of those, some lanes did not take part
 
 
 class _Range(ctypes.Structure):
@@ -127,20 +129,26 @@ def execute(
     ranges = (_Range * max(len(bounds), 1))(*bounds)
     found, executed = (ctypes.c_int64 * (3 * LIMIT))(), ctypes.c_int64()
     run = _library().run_launch
+    flags = (ctypes.c_uint8 * program.count)()
     start = time.perf_counter()
     with _lock:
         count = run(
             bytes(program.code), ctypes.c_int64(program.count), program.operands.tobytes(),
-            program.slots, program.grain, int(program.products), (ctypes.c_int64 * max(len(flat), 1))(*flat),
+            program.slots, program.grain, int(program.products),
+            (ctypes.c_int64 * max(len(flat), 1))(*flat),
             len(initial), (ctypes.c_int32 * 3)(*grid), 32 * warps, shared, ranges, len(bounds),
-            ctypes.c_int64(most), found, ctypes.byref(executed),
+            ctypes.c_int64(most), found, ctypes.byref(executed), flags,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     violations = [
         Violation(KINDS[found[3 * k]], kernel, found[3 * k + 1], found[3 * k + 2])
         for k in range(count)
     ]
-    return Execution(kernel, grid, 32 * warps, executed.value, seconds, violations)
+    reached, masked = (
+        frozenset(line for line, flag in zip(program.lines, flags, strict=True) if flag & bit)
+        for bit in (1, 2)
+    )
+    return Execution(kernel, grid, 32 * warps, executed.value, seconds, violations, reached, masked)
 
 
 @lru_cache(maxsize=256)

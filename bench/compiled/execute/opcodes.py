@@ -9,7 +9,7 @@ generated at once: the interpreter is built once, whatever a program uses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 C_TYPE = {
@@ -38,7 +38,7 @@ def width(kind: str) -> int:
     return 8 if kind.endswith("64") else 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def spelling(opcode: str) -> str:
     parts = opcode.split(".")
     nearest = {"rn"} if parts[0] in NEAREST else set()
@@ -92,7 +92,7 @@ def arithmetic() -> dict[str, Operation]:
 
 
 def logic() -> dict[str, Operation]:
-    """Bits: and to prmt. A shift by the width and more is 0, or the sign (PTX ISA, "shl", "shr")."""
+    """Bits: and to brev. A shift by the width and more leaves 0, or the sign ("shl", "shr")."""
     found = {}
     for kind in BITS:
         size = int(kind[1:])

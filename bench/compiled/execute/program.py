@@ -59,6 +59,7 @@ class Fields:
 class Program:
     code: bytearray = field(default_factory=bytearray)
     count: int = 0
+    lines: list[int] = field(default_factory=list)  # an instruction's, of the text
     operands: array[int] = field(default_factory=lambda: array("i"))
     slots: int = 0
     constants: list[tuple[int, int, int]] = field(default_factory=list)  # slot, width, bits
@@ -193,6 +194,7 @@ class _Assembler:
             fields.offset, fields.offset2,
         )  # fmt: skip
         program.operands.extend(fields.slots)
+        program.lines.append(statement.line)
         program.count += 1
 
     def statement(self, statement: Statement) -> None:
@@ -213,7 +215,7 @@ class _Assembler:
     def lowered(self, statement: Statement) -> Iterator[Fields]:
         opcode, operands = statement.opcode, statement.operands
         parts = opcode.replace("shared::cta", "shared").split(".")
-        for start, lower in self.LOWER.items():
+        for start, lower in LOWER.items():
             if opcode.startswith(start):
                 yield lower(self, parts, operands)
                 return
@@ -378,28 +380,26 @@ class _Assembler:
         flags |= 8 * (numbers[0] == -1) | 16 * (numbers[1] == -1)
         slots = [*first, self.operand(b, 8), self.operand(scale, 0)]
         slots += [self.operand(text.strip(), 4) for text in d.strip("{} ").split(",")]
-        self.wgmma_registers.update(slots[: len(first)] if flags & 1 else (), slots[len(first) + 2 :])
+        self.wgmma_registers.update(first if len(first) > 1 else (), slots[len(first) + 2 :])
         return Fields("wgmma", slots, int(found.group(1)), KINDS[parts[-1]], flags)
 
-    def named(self, name: str) -> Callable[..., Fields]:
-        return lambda parts, operands: Fields(name, [])
 
-    LOWER: dict[str, Callable[..., Fields]] = {
-        "cp.async.ca": copy,
-        "cp.async.cg": copy,
-        "cp.async.": counted,
-        "ldmatrix": matrix,
-        "stmatrix": matrix,
-        "mma.sync": mma,
-        "wgmma.mma_async": wgmma,
-        "wgmma.": counted,
-        "shfl.sync": shuffle,
-        "redux.sync": redux,
-        "fence.proxy.async": lambda self, parts, operands: Fields("fence.proxy.async", []),
-        "fence.": lambda self, parts, operands: Fields("nothing", []),
-        "membar.": lambda self, parts, operands: Fields("nothing", []),
-        "trap": lambda self, parts, operands: Fields("trap", []),
-        "bar.warp.sync": lambda self, parts, operands: Fields(
-            "bar.warp.sync", [self.operand(operands[0], 4)]
-        ),
-    }  # checked in this order
+LOWER: dict[str, Callable[[_Assembler, list[str], list[str]], Fields]] = {
+    "cp.async.ca": _Assembler.copy,
+    "cp.async.cg": _Assembler.copy,
+    "cp.async.": _Assembler.counted,
+    "ldmatrix": _Assembler.matrix,
+    "stmatrix": _Assembler.matrix,
+    "mma.sync": _Assembler.mma,
+    "wgmma.mma_async": _Assembler.wgmma,
+    "wgmma.": _Assembler.counted,
+    "shfl.sync": _Assembler.shuffle,
+    "redux.sync": _Assembler.redux,
+    "fence.proxy.async": lambda self, parts, operands: Fields("fence.proxy.async", []),
+    "fence.": lambda self, parts, operands: Fields("nothing", []),
+    "membar.": lambda self, parts, operands: Fields("nothing", []),
+    "trap": lambda self, parts, operands: Fields("trap", []),
+    "bar.warp.sync": lambda self, parts, operands: Fields(
+        "bar.warp.sync", [self.operand(operands[0], 4)]
+    ),
+}  # by the start of the opcode, in this order

@@ -32,7 +32,7 @@ typedef struct {   // a wgmma.mma_async from its issue to its wait
   int n_chunks, scale;
 } Product;
 
-enum { MOST_PRODUCTS = 64, WHOLE = -1 };
+enum { MOST_PRODUCTS = 64 };
 
 typedef struct {
   uint32_t *values;
@@ -46,8 +46,12 @@ typedef struct {
   int wgmma_commits, n_products;
   uint32_t wgmma_fences;
   Product *products;
-  uint32_t fence, fence_before;   // clock of its last fence.proxy.async, and of that before the barrier
+  uint32_t fence, fence_before;   // clock of its last fence.proxy.async; the one before the barrier
 } Warp;
+
+enum { REACHED = 1, MASKED = 2 };   // executed; and with lanes that its guard or its size left out
+static const Instruction *first_instruction;
+static uint8_t *reached_flags;
 
 static const int32_t *operands;
 static int line_now;              // of the PTX
