@@ -5,7 +5,7 @@ import torch
 from execute_programs import LIMIT, listed, program
 
 from bench.compiled.execute import faults
-from bench.compiled.execute.faults import FAULTS, Prepared, examine, table
+from bench.compiled.execute.faults import FAULTS, Launch, examine, table
 
 OWN = "shl.b32 %r1, %r0, 2; cvt.u64.u32 %rd9, %r1; add.s64 %rd10, %rd0, %rd9;"
 FENCES = "fence.proxy.async.shared::cta;\n\tbar.sync 0;"
@@ -40,7 +40,7 @@ st.global.b32 [%rd10], %r10;"""
 def prepared(body, *tensors, warps=1, shared=0):
     arguments = [("*", x) for x in tensors]
     text = program(body, len(tensors), 32 * warps)
-    return Prepared(text, "k", (1, 1, 1), warps, shared, arguments, LIMIT)
+    return Launch(text, "k", (1, 1, 1), warps, shared, arguments, LIMIT)
 
 
 def ints(count):

@@ -75,7 +75,7 @@ EQUIVALENT = {
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Launch:
     """A launch as `machine.execute` is given it; its tensors as they are before it."""
 
     ptx: str
@@ -122,7 +122,7 @@ def seeded(ptx: str, right: Execution, most: int, seed: int = 0) -> Iterator[Fau
             yield Fault(kind, line, ptx[: match.start()] + change(match) + ptx[match.end() :])
 
 
-def execution_of(launch: Prepared, ptx: str) -> tuple[Execution, list[torch.Tensor]]:
+def execution_of(launch: Launch, ptx: str) -> tuple[Execution, list[torch.Tensor]]:
     """The execution of another text, on copies of the tensors, and what they hold after it."""
     storages: dict[int, torch.UntypedStorage] = {}
     arguments = []
@@ -141,7 +141,7 @@ def execution_of(launch: Prepared, ptx: str) -> tuple[Execution, list[torch.Tens
     return done, after
 
 
-def with_nan_rows(launch: Prepared) -> Prepared:
+def with_nan_rows(launch: Launch) -> Launch:
     """The launch with a row of NaN in each of the matrices that it reads and does not change.
 
     What a mask keeps out is then not harmless: 0 · NaN is no 0.
@@ -167,7 +167,7 @@ def with_nan_rows(launch: Prepared) -> Prepared:
     return replace(launch, arguments=arguments)
 
 
-def storages_of(launch: Prepared) -> list[torch.Tensor]:
+def storages_of(launch: Launch) -> list[torch.Tensor]:
     """What its tensors stand in, as bytes, each once."""
     storages = {
         value.untyped_storage().data_ptr(): value.untyped_storage()
@@ -177,7 +177,12 @@ def storages_of(launch: Prepared) -> list[torch.Tensor]:
     return [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
 
 
-def examine(launches: Iterable[Prepared], most: int, seed: int = 0) -> dict[str, Row]:
+def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Bit by bit: they are bytes."""
+    return all(map(torch.equal, some, others))
+
+
+def examine(launches: Iterable[Launch], most: int, seed: int = 0) -> dict[str, Row]:
     """Seeds at most so many faults of each kind in every launch: kind → what became of them."""
     rows = {kind: Row() for kind in FAULTS}
     for launch in launches:
@@ -192,8 +197,8 @@ def examine(launches: Iterable[Prepared], most: int, seed: int = 0) -> dict[str,
             done, others = execution_of(launch, fault.ptx)
             if {violation.kind for violation in done.violations} - known:
                 row.reported += 1
-            elif not all(map(torch.equal, results, others)) or not all(
-                map(torch.equal, hostile_results, execution_of(hostile, fault.ptx)[1])
+            elif not (
+                same(results, others) and same(hostile_results, execution_of(hostile, fault.ptx)[1])
             ):
                 row.other_result += 1
             else:

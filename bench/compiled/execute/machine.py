@@ -126,7 +126,7 @@ def execute(
     ]
     flat = [x - (1 << 64) if x >= 1 << 63 else x for row in initial for x in row]
     bounds = _ranges(tensors)
-    ranges = (_Range * max(len(bounds), 1))(*bounds)
+    ranges = (_Range * max(len(bounds), 1))(*(_Range(*bound) for bound in bounds))
     found, executed = (ctypes.c_int64 * (3 * LIMIT))(), ctypes.c_int64()
     run = _library().run_launch
     flags = (ctypes.c_uint8 * program.count)()
