@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .opcodes import C_TYPE, OPERATIONS, Operation, width
-from .program import HAND_WRITTEN
+from .opcodes import C_TYPE, HAND_WRITTEN, OPERATIONS, Operation, width
 
 
 def operations() -> str:

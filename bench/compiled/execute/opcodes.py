@@ -243,3 +243,16 @@ def moves() -> dict[str, Operation]:
 OPERATIONS: dict[str, Operation] = (
     arithmetic() | logic() | floating() | comparisons() | conversions() | moves()
 )
+HAND_WRITTEN = {  # operations of warp.h, memory.h and matrix.h: C functions by what calls them
+    "selp.32": "select32", "selp.64": "select64", "and.pred": "and_predicate",
+    "or.pred": "or_predicate", "xor.pred": "xor_predicate", "not.pred": "not_predicate",
+    "mov.pred": "move_predicate", "pack": "pack", "unpack": "unpack", "shfl": "shuffle",
+    "redux": "reduce", "ld.global": "load_global", "st.global": "store_global",
+    "ld.shared": "load_shared", "st.shared": "store_shared", "bar.warp.sync": "sync_warp",
+    "cp.async": "copy_async", "cp.async.commit_group": "commit_copies",
+    "cp.async.wait_group": "wait_copies", "cp.async.wait_all": "wait_all_copies",
+    "fence.proxy.async": "fence_async", "ldmatrix": "load_matrix", "stmatrix": "store_matrix",
+    "mma.halves": "multiply_halves", "mma.tf32": "multiply_tf32", "wgmma": "wgmma_issue",
+    "wgmma.fence": "wgmma_fence", "wgmma.commit_group": "wgmma_commit",
+    "wgmma.wait_group": "wgmma_wait", "nothing": "nothing", "trap": "trap",
+}  # fmt: skip

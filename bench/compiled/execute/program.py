@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ...errors import BenchError
-from .opcodes import OPERATIONS, spelling, width
+from .opcodes import HAND_WRITTEN, OPERATIONS, spelling, width
 from .ptx import Listing, Statement
 
 INSTRUCTION = struct.Struct("<10i2q")  # warp.h: Instruction
@@ -23,19 +23,6 @@ SPECIAL = (
     "%nctaid.z", "%ntid.x", "%laneid", "%warpid",
 )  # fmt: skip
 SPECIAL_WIDTH = 16  # launch.c: the value is a number of the list
-HAND_WRITTEN = {  # operations of warp.h, memory.h and matrix.h: C functions by what calls them
-    "selp.32": "select32", "selp.64": "select64", "and.pred": "and_predicate",
-    "or.pred": "or_predicate", "xor.pred": "xor_predicate", "not.pred": "not_predicate",
-    "mov.pred": "move_predicate", "pack": "pack", "unpack": "unpack", "shfl": "shuffle",
-    "redux": "reduce", "ld.global": "load_global", "st.global": "store_global",
-    "ld.shared": "load_shared", "st.shared": "store_shared", "bar.warp.sync": "sync_warp",
-    "cp.async": "copy_async", "cp.async.commit_group": "commit_copies",
-    "cp.async.wait_group": "wait_copies", "cp.async.wait_all": "wait_all_copies",
-    "fence.proxy.async": "fence_async", "ldmatrix": "load_matrix", "stmatrix": "store_matrix",
-    "mma.halves": "multiply_halves", "mma.tf32": "multiply_tf32", "wgmma": "wgmma_issue",
-    "wgmma.fence": "wgmma_fence", "wgmma.commit_group": "wgmma_commit",
-    "wgmma.wait_group": "wgmma_wait", "nothing": "nothing", "trap": "trap",
-}  # fmt: skip
 NUMBERS = {name: number for number, name in enumerate([*OPERATIONS, *HAND_WRITTEN], FIRST_OF_TABLE)}
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2}
 MEMORY_MODIFIERS = {"volatile", "relaxed", "weak", "gpu", "sys", "cta"}
@@ -297,8 +284,6 @@ class _Assembler:
     def packing(self, parts: list[str], operands: list[str]) -> Fields:
         pack = operands[1].startswith("{")
         one, many = operands if pack else reversed(operands)
-        if not pack:
-            one, many = operands[1], operands[0]
         names = [text.strip() for text in many.strip("{} ").split(",")]
         size = int(parts[-1][1:]) // 8
         slots = [self.operand(text, 4) for text in names]
