@@ -134,9 +134,15 @@ class FieldCall:
                 alpha=self.ALPHA, temperature=self.TEMPERATURE,
             )  # fmt: skip
             if dtype != torch.float64:
-                after = after.to(DTYPES[self.stored])
+                after = self.as_stored(after)
             outcome |= parts_of(after.double())
         return outcome
+
+    def as_stored(self, block: Tensor) -> Tensor:
+        """The diagonal stays in float32, and takes up what rounding leaves of a row."""
+        rounded = block.to(DTYPES[self.stored]).to(block.dtype)
+        left = (block - rounded).fill_diagonal_(0).sum(1)
+        return rounded.diagonal_scatter(block.diagonal() + left)
 
     def dense_before(self) -> Tensor:
         return self.made().rows(self.index())[:, self.numbers()].double()

@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> int:
 
     from ..launches import kernel_names
     from .compile import default_cache
+    from .machine import build
 
     every = kernel_names()
     for name in chosen.kernel or ():
@@ -76,6 +77,7 @@ def main(arguments: list[str]) -> int:
     ]
     if not tasks:
         raise BenchError("nothing to execute: no call of these names launches these kernels")
+    build()  # the interpreter: once, and not by every process
     found: list[Judged] = []
     try:
         bar = tqdm(total=len(tasks), unit="call", file=sys.stderr)
@@ -85,6 +87,7 @@ def main(arguments: list[str]) -> int:
     finally:  # what there is, if stopped
         found.sort(key=lambda x: tasks.index((x.target, x.call, cache)))
         print(aligned([HEADER, *map(line, found)]))
+        print("\n".join(text for judged in found for text in troubles(judged)))
         for target in targets:
             print(summary(target, [x for x in found if x.target == target], every))
     whole = not (chosen.case or chosen.kernel)
@@ -158,16 +161,25 @@ def line(found: Judged) -> tuple[str, ...]:
     name, dtype, shape = found.call.rsplit(", ", 2)
     shown = [cell(found.scores.get(x)) for x in ("value", "queries", "keys")]
     others = {k: v for k, v in found.scores.items() if k not in ("value", "queries", "keys")}
-    wrong = [*found.violations[:MANY], *[found.failure] * bool(found.failure)]
-    if len(found.violations) > MANY:
-        wrong.append(f"and {len(found.violations) - MANY} more")
     misses = [f"{k} misses" for k, v in found.scores.items() if not v.passed]
+    if found.violations:
+        misses.append(f"{len(found.violations)} violated")
+    if found.failure:
+        misses.append("failed")
     launches = [f"{k}×{n}" if n > 1 else k for k, n in Counter(found.kernels).items()]
     return (
         found.target, name, dtype, shape, *shown,
         "; ".join(f"{k} {cell(v)}" for k, v in others.items()),
-        "; ".join([*misses, *wrong]) or "ok", " ".join(launches),
+        "; ".join(misses) or "ok", " ".join(launches),
     )  # fmt: skip
+
+
+def troubles(found: Judged) -> list[str]:
+    """What does not go into the table: one line each."""
+    told = [*found.violations[:MANY], *[found.failure] * bool(found.failure)]
+    if len(found.violations) > MANY:
+        told.append(f"and {len(found.violations) - MANY} more")
+    return [f"{found.target}, {found.call}: {text}" for text in told]
 
 
 def cell(score: Score | None) -> str:

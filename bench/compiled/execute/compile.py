@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton import knobs
 from triton._C.libtriton import ir
 from triton.compiler.compiler import make_backend
 
 from ...targets import TARGETS
 from ..launches import Launch
+from .machine import cache_folder
 
 LAST = "ptx"
 
@@ -34,7 +34,7 @@ class Program:
 
 
 def default_cache() -> Path:
-    return Path(knobs.cache.dir) / "executed"
+    return cache_folder() / "programs"
 
 
 def program(launch: Launch, target: str, cache: Path) -> Program:

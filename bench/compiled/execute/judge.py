@@ -67,7 +67,7 @@ def judge(call: AnyCall, target: str, label: str, cache: Path) -> Judged:
         target,
         tuple(x.kernel for x in done),
         scored(call, found),
-        tuple(f"{v.kernel}: {v.kind}, line {v.line}" for x in done for v in x.violations),
+        tuple(str(v) for x in done for v in x.violations),
         seconds=sum(x.seconds for x in done),
         instructions=sum(x.instructions for x in done),
     )
