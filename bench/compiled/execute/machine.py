@@ -123,16 +123,16 @@ def execute(
         for slot, size, number, kind in program.parameters
     ]
     flat = [x - (1 << 64) if x >= 1 << 63 else x for row in initial for x in row]
-    ranges = (_Range * max(len(tensors), 1))(*map(_range, tensors))
+    bounds = _ranges(tensors)
+    ranges = (_Range * max(len(bounds), 1))(*bounds)
     found, executed = (ctypes.c_int64 * (3 * LIMIT))(), ctypes.c_int64()
     run = _library().run_launch
-    operands = (ctypes.c_int32 * max(len(program.operands), 1))(*program.operands)
     start = time.perf_counter()
     with _lock:
         count = run(
-            bytes(program.code), ctypes.c_int64(program.count), operands, program.slots,
-            program.grain, int(program.products), (ctypes.c_int64 * max(len(flat), 1))(*flat),
-            len(initial), (ctypes.c_int32 * 3)(*grid), 32 * warps, shared, ranges, len(tensors),
+            bytes(program.code), ctypes.c_int64(program.count), program.operands.tobytes(),
+            program.slots, program.grain, int(program.products), (ctypes.c_int64 * max(len(flat), 1))(*flat),
+            len(initial), (ctypes.c_int32 * 3)(*grid), 32 * warps, shared, ranges, len(bounds),
             ctypes.c_int64(most), found, ctypes.byref(executed),
         )  # fmt: skip
     seconds = time.perf_counter() - start
@@ -184,9 +184,24 @@ def _extended(bits: int, kind: str, size: int) -> int:
     return bits & ((1 << 8 * size) - 1)
 
 
-def _range(x: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """The bytes of a tensor, and of no other part of its storage: rows' gaps are outside too."""
-    item = x.element_size()
+def _ranges(tensors: list[torch.Tensor]) -> list[tuple[int, int, int, int, int]]:
+    """The bytes that a launch may touch: low, high, bytes between rows, bytes of a row, an item's.
+
+    A tensor's own and no other part of its storage: the gaps between its rows are outside. Where
+    several arguments are views of one storage the kernel divides that up itself, and has it whole.
+    """
+    storages: dict[int, list[torch.Tensor]] = {}
+    for x in tensors:
+        storages.setdefault(x.untyped_storage().data_ptr(), []).append(x)
+    return [_range(views) for views in storages.values()]
+
+
+def _range(views: list[torch.Tensor]) -> tuple[int, int, int, int, int]:
+    x = views[0]
+    item = min(view.element_size() for view in views)
+    if len(views) > 1:
+        storage = x.untyped_storage()
+        return storage.data_ptr(), storage.data_ptr() + storage.nbytes(), 0, 0, item
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     pitch = length = 0
     if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) > x.shape[1]:

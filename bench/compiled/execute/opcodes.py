@@ -9,6 +9,7 @@ generated at once: the interpreter is built once, whatever a program uses.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 C_TYPE = {
@@ -37,6 +38,7 @@ def width(kind: str) -> int:
     return 8 if kind.endswith("64") else 4
 
 
+@lru_cache(maxsize=None)
 def spelling(opcode: str) -> str:
     parts = opcode.split(".")
     nearest = {"rn"} if parts[0] in NEAREST else set()
@@ -79,6 +81,9 @@ def arithmetic() -> dict[str, Operation]:
         else:
             int128 = "__int128" if kind in SIGNED else "unsigned __int128"
             found[f"mul.hi.{kind}"] = Operation(same, f"({int128})a * b >> 64")
+    for name, sign in (("min", "<"), ("max", ">")):  # .relu: 0 for what is negative
+        expression = f"(a {sign} b ? a : b) < 0 ? 0 : (a {sign} b ? a : b)"
+        found[f"{name}.relu.s32"] = Operation(("s32",) * 3, expression)
     for kind in SIGNED:
         wide = C_TYPE["u64"] if kind == "s64" else C_TYPE["u32"]
         found[f"neg.{kind}"] = Operation((kind, kind), f"({wide})0 - ({wide})a")

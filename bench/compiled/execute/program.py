@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -59,7 +60,7 @@ class Fields:
 class Program:
     code: bytearray = field(default_factory=bytearray)
     count: int = 0
-    operands: list[int] = field(default_factory=list)
+    operands: array[int] = field(default_factory=lambda: array("i"))
     slots: int = 0
     constants: list[tuple[int, int, int]] = field(default_factory=list)  # slot, width, bits
     parameters: list[tuple[int, int, int, str]] = field(default_factory=list)  # slot, width, ...
@@ -181,7 +182,7 @@ class _Assembler:
             len(program.operands), len(fields.slots), fields.size, fields.vector, fields.width,
             fields.offset, fields.offset2,
         )  # fmt: skip
-        program.operands += fields.slots
+        program.operands.extend(fields.slots)
         program.count += 1
 
     def statement(self, statement: Statement) -> None:
