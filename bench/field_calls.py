@@ -139,8 +139,12 @@ class FieldCall:
         return outcome
 
     def as_stored(self, block: Tensor) -> Tensor:
-        """The diagonal stays in float32, and takes up what rounding leaves of a row."""
-        rounded = block.to(DTYPES[self.stored]).to(block.dtype)
+        """Rounded by chance; the diagonal stays in float32, and takes up what that leaves."""
+        rounded = block.clone()
+        if self.stored == "bf16":
+            generator = torch.Generator().manual_seed(self.batch)
+            noise = torch.randint(0, 1 << 16, block.shape, generator=generator, dtype=torch.int32)
+            rounded = (block.view(torch.int32) + noise & -(1 << 16)).view(torch.float32)
         left = (block - rounded).fill_diagonal_(0).sum(1)
         return rounded.diagonal_scatter(block.diagonal() + left)
 
