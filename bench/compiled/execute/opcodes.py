@@ -112,7 +112,7 @@ def logic() -> dict[str, Operation]:
         expression = f"({both} << {amount}) >> 32" if side == "l" else f"{both} >> {amount}"
         found[f"shf.{side}.{mode}.b32"] = Operation(("b32", "b32", "b32", "u32"), expression)
     found["bfe.u32"] = Operation(("u32", "u32", "u32", "u32"), "extract(a, b, c, 0)")
-    found["bfe.s32"] = Operation(("s32", "u32", "u32", "u32"), "extract(a, b, c, 1)")
+    found["bfe.s32"] = Operation(("s32", "s32", "u32", "u32"), "extract((uint32_t)a, b, c, 1)")
     found["bfi.b32"] = Operation(("b32", "b32", "b32", "u32", "u32"), "insert(a, b, c, d)")
     found["prmt.b32"] = Operation(("b32", "b32", "b32", "b32"), "permute(a, b, c)")
     found["lop3.b32"] = Operation(("b32", "b32", "b32", "b32", "b32"), "lop3(a, b, c, d)")
