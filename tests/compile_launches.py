@@ -17,6 +17,7 @@ from bench.compiled.launches import Launch, kernel_names, launches_for
 from bench.targets import TARGETS
 from rkdo_kernels import ResponseField, launch
 
+
 def views(n, m, d, dtype):
     return [normalize(torch.randn(k, d), dim=1).to(dtype).requires_grad_() for k in (n, m)]
 

@@ -91,9 +91,7 @@ class Catcher:
                 divisible[(at,)] = ALIGNED
         kept = tuple((signature[x], values[x]) for x in names if x not in constants)
         x, y, z = (*grid, 1, 1)[:3]
-        self.receive(
-            Launch(self.kernel, (x, y, z), signature, constants, divisible, options, kept)
-        )
+        self.receive(Launch(self.kernel, (x, y, z), signature, constants, divisible, options, kept))
 
 
 def kind_of(name: str, value: Any) -> str:

@@ -17,19 +17,32 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 
+from ...calls import AnyCall
 from ...errors import BenchError, Parser
 from ...report import aligned
+from .faults import FAULTS, Row, table
 from .judge import Judged, Score, judge
 
 TARGETS = ("sm_90", "sm_80")
-HEADER = ("target", "call", "dtype", "N×M×D", "value", "to queries", "to keys", "others", "", "kernels")
+HEADER = (
+    "target",
+    "call",
+    "dtype",
+    "N×M×D",
+    "value",
+    "to queries",
+    "to keys",
+    "others",
+    "",
+    "kernels",
+)
 MANY = 4  # of one call's violations that the table tells
 DIED = "its process died"
 
@@ -47,8 +60,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="few calls, every kernel")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="of compiled programs")
-    parser.add_argument("--faults", action="store_true", help="faults seeded in the programs: "
-                        "which does the interpreter notice?")  # fmt: skip
+    parser.add_argument("--faults", type=int, default=0, metavar="N", help="seed up to N faults of "
+                        "each kind in every program: which are noticed?")  # fmt: skip
     chosen = parser.parse_args(arguments)
     targets = tuple(chosen.target or TARGETS)
     for target in targets:
@@ -56,6 +69,8 @@ def main(arguments: list[str]) -> int:
             raise BenchError(f"unknown target {target!r}: {', '.join(TARGETS)}")
     if chosen.jobs < 1:
         raise BenchError(f"--jobs must be at least 1, got {chosen.jobs}")
+    if chosen.faults < 0:
+        raise BenchError(f"--faults must be at least 0, got {chosen.faults}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise BenchError("TRITON_INTERPRET=1 is set: there is nothing to compile")
 
@@ -78,6 +93,8 @@ def main(arguments: list[str]) -> int:
     if not tasks:
         raise BenchError("nothing to execute: no call of these names launches these kernels")
     build()  # the interpreter: once, and not by every process
+    if chosen.faults:
+        return seed_faults(tasks, chosen.jobs, chosen.faults)
     found: list[Judged] = []
     try:
         bar = tqdm(total=len(tasks), unit="call", file=sys.stderr)
@@ -93,6 +110,7 @@ def main(arguments: list[str]) -> int:
     whole = not (chosen.case or chosen.kernel)
     missing = any(unseen(target, found, every) for target in targets)
     return 1 if (whole and missing) or not all(x.passed for x in found) else 0
+
 
 def selected(
     target: str, parts: Sequence[str], kernels: Sequence[str], quick: bool
@@ -115,7 +133,13 @@ def selected(
         yield label(call)
 
 
-def execute_all(tasks: Sequence[Task], jobs: int) -> Iterator[Judged]:
+def work(target: str, label: str, cache: Path) -> Judged:
+    return judge(named(label), target, label, cache)
+
+
+def execute_all(
+    tasks: Sequence[Task], jobs: int, work: Callable[..., Judged] = work
+) -> Iterator[Judged]:
     """As they come. A process that dies costs the call that it was at: who it was is found by
     going on with one process."""
     pending = list(tasks)
@@ -144,17 +168,37 @@ def execute_all(tasks: Sequence[Task], jobs: int) -> Iterator[Judged]:
         jobs = 1
 
 
+def seed_faults(tasks: Sequence[Task], jobs: int, most: int) -> int:
+    from .capture import add
+
+    rows = {kind: Row() for kind in FAULTS}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=settle) as pool:
+        for found in pool.map(seeded, tasks, [most] * len(tasks)):
+            add(rows, found)
+    print(table(rows))
+    return 0
+
+
+def seeded(task: Task, most: int) -> dict[str, Row]:
+    from .capture import seeding
+
+    target, label, cache = task
+    with seeding(target, cache, most) as rows:
+        named(label).ours()
+    return rows
+
+
 def settle() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
     torch.set_num_threads(1)
 
 
-def work(target: str, wanted: str, cache: Path) -> Judged:
+def named(wanted: str) -> AnyCall:
     from ...call_list import every, label
 
-    call = next(x for x in every() if label(x) == wanted)
-    return judge(call, target, wanted, cache)
+    return next(x for x in every() if label(x) == wanted)
 
 
 def line(found: Judged) -> tuple[str, ...]:
