@@ -171,5 +171,3 @@ def changes(node: ast.AST) -> Iterator[tuple]:
         yield node, str(node.value + 1)
     if isinstance(node, ast.Name) and node.id == "alpha":
         yield node, "(1 - alpha)"
-
-

@@ -7,8 +7,8 @@ float32 field is what it may err by.
 
 from __future__ import annotations
 
-import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from .judge import FLOAT64_ULPS, Miss
 
 F64 = torch.float64
 CALLS = ("step", "loss", "update")
-DRAWS = 4  # of eager's rounding
+DRAWS = 12  # of eager's rounding
 ROW_SLACK = {"float32": 1e-6, "bfloat16": 0.02, "float64": 1e-12}  # what rows add up to, about 1
 
 
@@ -141,22 +141,22 @@ class Plain:
     def mixture(self, samples: tuple[int, ...]) -> Tensor:
         """Σ_s α_s Π_{r<s} (1 − α_r) q_i^(s) + what is left of p⁰, row by row."""
         index = torch.tensor(samples)
-        rows = []
-        for i in samples:
-            row, rest = torch.zeros(len(samples), dtype=self.dtype), 1.0
-            for s, (query, _, alpha, temperature) in enumerate(self.visits[i]):
-                logits = torch.stack([
-                    (query * self.visits[j][s][1]).sum() / temperature
-                    if len(self.visits[j]) > s else query.new_tensor(-math.inf)
-                    for j in samples
-                ])  # fmt: skip
-                row = row + rest * alpha * torch.softmax(logits, 0)
-                rest *= 1 - alpha
-            start = self.start[i, index]
-            if start.sum() > 0:
-                row = row + rest * start / start.sum()
-            rows.append(row)
-        return torch.stack(rows)
+        p = torch.zeros(len(samples), len(samples), dtype=self.dtype)
+        rest = torch.ones(len(samples), 1, dtype=self.dtype)
+        for s in range(self.case.history):
+            have = [k for k, i in enumerate(samples) if len(self.visits[i]) > s]
+            if not have:
+                break
+            visits = [self.visits[samples[k]][s] for k in have]
+            queries, keys = (torch.stack([visit[k] for visit in visits]) for k in (0, 1))
+            alpha, tau = torch.tensor([v[2:] for v in visits], dtype=self.dtype).T[:, :, None]
+            here = torch.tensor(have)
+            q = torch.softmax(queries @ keys.T / tau, 1)
+            p[here[:, None], here] += rest[here] * alpha * q
+            rest[here] *= 1 - alpha
+        start = self.start[index[:, None], index]
+        mass = start.sum(1, keepdim=True)
+        return p + torch.where(mass > 0, rest * start / mass, 0)
 
     def update(self, call: Call, queries: Tensor, keys: Tensor) -> None:
         index = torch.tensor(call.samples)
@@ -173,10 +173,15 @@ class Plain:
 
 
 def judge(case: FieldCase) -> Miss | None:
-    """The first miss of a sequence."""
+    """The first miss of a sequence; where one draw of eager's rounding is missed, of many."""
+    miss = first_miss(case, 1)
+    return first_miss(case, DRAWS) if miss and "error" in miss.kind else miss
+
+
+def first_miss(case: FieldCase, draws: int) -> Miss | None:
     field = make(case)
     exact = torch.float64 if case.stored == "float64" else torch.float32
-    drawn = [(Plain(case, torch.float64), Plain(case, exact)) for _ in range(DRAWS)]
+    drawn = [(Plain(case, torch.float64), Plain(case, exact)) for _ in range(draws)]
     for call in case.calls:
         index = torch.tensor(call.samples)
         stored = field.rows(index)[:, index].double() if case.kind == "dense" else None
@@ -186,7 +191,7 @@ def judge(case: FieldCase) -> Miss | None:
         except Exception as error:
             return Miss(f"raises {type(error).__name__}", str(error).splitlines()[0][:200])
         if ours and stored is not None:
-            same = [[stored, stored.to(exact)]] * DRAWS
+            same = [[stored, stored.to(exact)]] * draws
             if miss := held(case, call, ours, same, "given what is stored"):
                 return miss
         if ours and (case.stored != "bfloat16" or case.kind == "snapshot"):
@@ -245,7 +250,10 @@ def held(
     """`ours` against the loss of the true block in float64, beside the eager one's."""
     wide = torch.float64 if case.dtype == "float64" else torch.float32
     draws = [
-        (plain_loss(case, call, true, F64, draw), plain_loss(case, call, eager.to(wide), wide, draw))
+        (
+            plain_loss(case, call, true, F64, draw),
+            plain_loss(case, call, eager.to(wide), wide, draw),
+        )
         for draw, (true, eager) in enumerate(blocks)
     ]
     for name, exact in draws[0][0].items():
@@ -286,12 +294,13 @@ def largest(x: Tensor) -> float:
     return float(x.abs().max()) if x.numel() else 0.0
 
 
-def shrink(case: FieldCase, miss: Miss) -> tuple[FieldCase, Miss]:
+def shrink(case: FieldCase, miss: Miss, tries: int = 100) -> tuple[FieldCase, Miss]:
     """Fewer calls, fewer samples a call, plainer settings."""
     smaller = True
-    while smaller:
+    while smaller and tries > 0:
         smaller = False
         for candidate in candidates(case):
+            tries -= 1
             found = judge(candidate)
             if found is not None and found.kind == miss.kind:
                 case, miss, smaller = candidate, found, True
@@ -299,7 +308,7 @@ def shrink(case: FieldCase, miss: Miss) -> tuple[FieldCase, Miss]:
     return case, miss
 
 
-def candidates(case: FieldCase):
+def candidates(case: FieldCase) -> Iterator[FieldCase]:
     for k in range(len(case.calls)):
         if len(case.calls) > 1:
             yield replace(case, calls=case.calls[:k] + case.calls[k + 1 :])

@@ -235,9 +235,7 @@ def working(case: Case) -> torch.dtype:
 def eager_of(case: Case, queries: Tensor, keys: Tensor) -> Results:
     """In float32 for half precision, gradients rounded once."""
     wide = working(case)
-    found = evaluate(
-        case, eager_loss(case), queries.to(wide), keys.to(wide), by_row(case, wide)
-    )
+    found = evaluate(case, eager_loss(case), queries.to(wide), keys.to(wide), by_row(case, wide))
     for name in found:
         if name.endswith(("queries", "keys")):
             found[name] = found[name].to(DTYPES[case.dtype])
@@ -292,7 +290,9 @@ def compare(
         elif name == "queries" and dead.shape == made.shape:
             made = made & dead
         if bool(made.any()):
-            yield Miss(f"{name}: plausible", f"{int(made.sum())} rows that are not finite in float64")
+            yield Miss(
+                f"{name}: plausible", f"{int(made.sum())} rows that are not finite in float64"
+            )
         both = fine & here
         if not bool(both.any()):
             continue

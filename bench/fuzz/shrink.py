@@ -130,7 +130,9 @@ def snippet(case: Case, miss: Miss) -> str:
         )
         wanted.append("temperature")
     lines.append(f"loss = {case.loss}(queries, keys, {shown})")
-    upstream = "torch.ones_like(loss)" if case.upstream == "ones" else f"({numbers(case.weights())})"
+    upstream = (
+        "torch.ones_like(loss)" if case.upstream == "ones" else f"({numbers(case.weights())})"
+    )
     if case.upstream != "ones":
         upstream = f"torch.tensor{upstream}.to(loss.dtype)"
     lines.append(f"loss.backward({upstream})")
