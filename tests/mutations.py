@@ -1,8 +1,8 @@
 """One change of a source file at a time, and those that change nothing to see.
 
-A mutation is one change of an expression or statement inside a function: a mask or a `where` removed,
-`<` to `<=`, + to −, a sign or an in-place operation dropped, a whole number off by one, alpha
-swapped with 1 − alpha.
+A mutation is one change of an expression or statement inside a function: a mask or a `where`
+removed, `<` to `<=`, + to −, a sign or an in-place operation dropped, a whole number off by one,
+alpha swapped with 1 − alpha.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def is_equivalent(mutant: Mutant) -> bool:
 
 
 def touching(file: str) -> str:
-    """The file's source, in which every function that is called says so: `__touch__("file:line")`."""
+    """The file's source, in which every function that is called says so."""
     source = (PACKAGE / f"{file}.py").read_text()
     lines = source.splitlines(keepends=True)
     tree = ast.parse(source)

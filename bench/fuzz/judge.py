@@ -28,7 +28,8 @@ from . import truth
 from .cases import DTYPES, Case
 
 FLOAT64_ULPS = 32
-DRAWS = 8
+DRAWS = 12
+NEAR = 4096  # ulps, by which the inputs of another draw may differ
 SLACK = 1.01  # by which products may pass the bound, as the losses' checks have it
 F64 = torch.float64
 HALF = (torch.bfloat16, torch.float16)
@@ -86,15 +87,16 @@ def another_draw(
     case: Case, queries: Tensor, keys: Tensor, true: Results, draw: int
 ) -> dict[str, float]:
     """Eager's errors where its sums run in another order, or (for every second draw) on inputs that
-    differ in the last place: where rows are alike, its errors are too, and cancel."""
+    differ in the last place or the last three digits: where rows are alike, its errors are too, and
+    cancel; and a small loss next to 1 may lie on float32's grid."""
     generator = torch.Generator().manual_seed(draw)
     order = torch.randperm(case.d, generator=generator)
     wide = working(case)
     pair = [x.to(wide)[:, order].clone() for x in (queries, keys)]
     if draw % 2:
-        eps = torch.finfo(wide).eps
+        near = torch.finfo(wide).eps * (1 if draw % 4 == 1 else NEAR)
         for x in pair:
-            x *= 1 + eps * torch.randn(x.shape, generator=generator).to(wide)
+            x *= 1 + near * torch.randn(x.shape, generator=generator).to(wide)
         true = evaluate(case, true_loss(case), *(x.double() for x in pair), by_row(case, F64))
         return errors_of(eager_of(case, *pair), true)
     found = eager_of(case, *pair)
@@ -143,8 +145,10 @@ def house(case: Case) -> Iterator[None]:
             (launch, "INTERPRETED", launch.Config(rows, cols, 1, 1)), (one_pass, "ROWS", rows),
             (machinery, "TILE_COLS", cols), (machinery, "TILE_ROWS", 1),
             (machinery, "TILE_BYTES", 3000), (one_pass, "LEAST_ROWS", rows),
-            (one_pass, "COLS", cols),
+            (one_pass, "COLS", cols), (machinery, "ROWS", rows), (machinery, "COLS", cols),
+            (machinery, "LEAST_ROWS", rows), (machinery, "STRIP_BYTES", 3000),
         ]  # fmt: skip
+        changed = [(module, name, x) for module, name, x in changed if hasattr(module, name)]
     before = [(module, name, getattr(module, name)) for module, name, _ in changed]
     try:
         for module, name, value in changed:
@@ -245,16 +249,15 @@ def eager_of(case: Case, queries: Tensor, keys: Tensor) -> Results:
 def truth_of(case: Case, queries: Tensor, keys: Tensor, exact: bool = False) -> Results:
     pair = queries.double(), keys.double()
     finite = all(all_finite(x) for x in pair)
-    if finite and (exact or case.dtype == "float64") and not case.second:
-        if truth.fits_80_digits(case) and case.temperature < 1e6:
-            values, *gradients = truth.in_80_digits(case, *pair, case.temperature_tensor())
-            found = {"value": reduced(case, values)}
-            found |= dict(zip(("queries", "keys", "temperature"), gradients, strict=True))
-            found["temperature"] = found["temperature"][:, None]
-            if not case.learnable:
-                del found["temperature"]
-            found.pop(case.frozen, None)
-            return found
+    wanted = finite and not case.second and (exact or case.dtype == "float64")
+    if wanted and truth.fits_80_digits(case):
+        values, *gradients = truth.in_80_digits(case, *pair, case.temperature_tensor())
+        found = {"value": reduced(case, values)}
+        found |= dict(zip(("queries", "keys", "temperature"), gradients, strict=True))
+        found["temperature"] = found["temperature"][:, None]
+        for name in (case.frozen, "" if case.learnable else "temperature"):
+            found.pop(name, None)
+        return found
     loss = true_loss(case) if finite else eager_loss(case)
     return evaluate(case, loss, *pair, by_row(case, F64))
 
@@ -268,8 +271,8 @@ def compare(
     if set(ours) != set(true):
         yield Miss("results: other names", f"{sorted(ours)} for {sorted(true)}")
         return
-    refused = case.loss == "similarity_moments" and case.learnable and not moments_bear(case)
-    if refused:
+    refuses = case.loss == "similarity_moments" and case.learnable and case.backend != "reference"
+    if refuses and not moments_bear(case):
         if bool(torch.isfinite(ours["value"]).any()):
             yield Miss("value: plausible", "a temperature that moments do not bear gave a number")
         return

@@ -99,10 +99,8 @@ def recursion(
             loss = loss - log_q[t][at]
             continue
         new = math.log(alpha) + log_q[t - 1]
-        if off is None or alpha == 1:
-            off = new
-        else:
-            off = torch.logaddexp(math.log1p(-alpha) + off, new)
+        first = off is None or alpha == 1
+        off = new if first else torch.logaddexp(math.log1p(-alpha) + off, new)
         log_p = off
         if alpha < 1:
             rest = torch.full_like(off, t * math.log1p(-alpha))
