@@ -5,8 +5,8 @@
 for the value and for every gradient. Of half-precision inputs both are held to what float32 eager
 makes of the same numbers, gradients rounded once to the inputs' dtype. Where one draw of eager's
 rounding is missed, eager's error is the largest of several draws: the same sums in another order.
-A row that is not finite in float64 must not be a plausible number, and a row that is finite there
-must be one, unless float32 eager's is not or the call raises what its docstring says.
+A row whose loss is not finite in float64 must not be a plausible number, and what is finite there
+must be finite, unless float32 eager's is not or the call raises what its docstring says.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .cases import DTYPES, Case
 
 FLOAT64_ULPS = 32
 DRAWS = 12
+EDGE = 2
 NEAR = 4096  # ulps, by which the inputs of another draw may differ
 SLACK = 1.01  # by which products may pass the bound, as the losses' checks have it
 F64 = torch.float64
@@ -43,6 +44,11 @@ class Miss:
     kind: str
     detail: str
     factor: float = math.inf  # error ÷ limit
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Missed by what another CPU's rounding may make a hit."""
+        return self.factor <= EDGE
 
 
 def judge(case: Case) -> Miss | None:
@@ -280,7 +286,7 @@ def compare(
     for name, exact in true.items():
         found = ours[name].double()
         if name.endswith("temperature"):
-            yield from one_number(case, name, found, exact, errors[name])
+            yield from one_number(case, name, found, exact, errors[name], all_finite(eager[name]))
             continue
         fine, beside = row_is_finite(exact), row_is_finite(eager[name])
         here = row_is_finite(found)
@@ -289,14 +295,9 @@ def compare(
             gone = gone & ~(dead if name == "queries" and dead.shape == gone.shape else dead.any())
         if bool(gone.any()):
             yield Miss(f"{name}: not finite", f"{int(gone.sum())} rows that are finite in float64")
-        made = here & ~fine
-        if name == "keys" or name.startswith("second"):
-            made = made & dead.any()
-        elif name == "queries" and dead.shape == made.shape:
-            made = made & dead
-        if bool(made.any()):
+        if name == "value" and bool((here & ~fine).any()):
             yield Miss(
-                f"{name}: plausible", f"{int(made.sum())} rows that are not finite in float64"
+                f"{name}: plausible", f"{int((here & ~fine).sum())} rows that are not finite"
             )
         both = fine & here
         if not bool(both.any()):
@@ -307,17 +308,14 @@ def compare(
 
 
 def one_number(
-    case: Case, name: str, found: Tensor, exact: Tensor, eagers: float
+    case: Case, name: str, found: Tensor, exact: Tensor, eagers: float, finite: bool
 ) -> Iterator[Miss]:
     """Eager's errors may cancel in a sum: it is held to their norm over the rows."""
     norm = torch.linalg.vector_norm
-    if not all_finite(exact):
-        if all_finite(found) and not case.loss.startswith("similarity"):
-            yield Miss(f"{name}: plausible", "eager's is not finite in float64")
+    if not all_finite(exact) or not finite:
         return
     if not all_finite(found):
-        if eagers < math.inf:
-            yield Miss(f"{name}: not finite", "eager's is")
+        yield Miss(f"{name}: not finite", "eager's is")
         return
     error = float((found - exact.sum()).abs())
     size = float(norm(exact))
@@ -353,6 +351,8 @@ def truths_rounding(case: Case, name: str, size: float) -> float:
         scale = scale * w * case.settings.get("depth", 1) * max(1.0, case.length)
         if name == "keys" or name.endswith("temperature"):
             scale *= math.sqrt(case.rows)
+        if name.endswith("temperature"):
+            scale /= cold
     return FLOAT64_ULPS * torch.finfo(torch.float64).eps * max(scale, size)
 
 
