@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rkdo_kernels
-from bench.fuzz import cases, command, fields, judge, shrink, truth
+from bench.fuzz import cases, command, fields, judge, shrink, truth, yardstick
 from rkdo_kernels import reference
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +89,7 @@ def test_a_wrong_implementation_is_found_and_shrunk(loss, change, kind, count, m
 def test_a_snippet_reproduces_what_it_is_about(tmp_path):
     """A bound that is broken: an error in the judged call and in the snippet's own process."""
     case = cases.Case(3, "info_nce", n=2, d=2, drawn=(2, 0, 2), length=3.0)
-    text = shrink.snippet(case, judge.Miss("raises ValueError", "as said"))
+    text = shrink.snippet(case, yardstick.Miss("raises ValueError", "as said"))
     assert "Case(" not in text.split("#")[0]  # so few numbers are spelt out
     file = tmp_path / "snippet.py"
     file.write_text(text)
@@ -99,7 +99,7 @@ def test_a_snippet_reproduces_what_it_is_about(tmp_path):
     )
     assert "must not pass bound=1" in process.stderr
     wide = case.but(n=30, d=30, drawn=(30, 0, 30), length=1.0, learnable="float32")
-    file.write_text(shrink.snippet(wide, judge.Miss("value: error", "as said")))
+    file.write_text(shrink.snippet(wide, yardstick.Miss("value: error", "as said")))
     process = subprocess.run(
         [sys.executable, file], env=environment, capture_output=True, text=True
     )

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .cases import Case
-from .judge import Miss, arguments_of, judge
+from .judge import arguments_of, judge
+from .yardstick import Miss, alike
 
 TRIES = 200
 LITERAL = 48  # numbers that a snippet spells out
@@ -40,7 +41,7 @@ def shrink(
                 found = judged(candidate)
             except Exception:  # what cannot be judged is no smaller case
                 continue
-            if found is not None and found.kind == miss.kind:
+            if found is not None and alike(found, miss):
                 case, miss, smaller = candidate, found, True
                 break
     return case, miss
