@@ -46,9 +46,9 @@ def one_hot(problem: Problem, reduction: str, exclude: Sequence[int] = ()) -> Te
     """−log q at the positive, q = softmax(S / τ) off the diagonals in `exclude`."""
     temperature = problem.temperature
     if isinstance(temperature, Tensor) or not odds_are_safe(problem):
-        others = logsumexp(problem, [problem.offset, *exclude])
-        logit = problem.inverse_temperature() * problem.positive_similarities()
-        return torch.logaddexp(others - logit, 0 * logit.clamp_min(0))  # NaN, not 0, if logit = ∞
+        similarity = problem.positive_similarities()
+        odds = logsumexp(problem, [problem.offset, *exclude], similarity)
+        return torch.logaddexp(odds, 0 * similarity.clamp_min(0))  # NaN, not 0, if that is ∞
     scales = [1 / temperature] * 2
     return rkdo_from_moments(problem, 0, scales, 0.0, False, reduction, exclude)
 
@@ -121,19 +121,23 @@ def may_underflow(bound: float | None, temperature: float, alpha: float) -> bool
     return bound is None or alpha == 0 or 2 * bound >= (690 + math.log(alpha)) * temperature
 
 
-def logsumexp(problem: Problem, exclude: Sequence[int]) -> Tensor:  # [N]
-    """log Σ_j exp(S_ij / τ) over the keys off the diagonals in `exclude`."""
+def logsumexp(
+    problem: Problem,
+    exclude: Sequence[int],
+    less: Tensor | None = None,  # [N]
+) -> Tensor:  # [N]
+    """log Σ_j exp((S_ij − less_i) / τ) over the keys off the diagonals in `exclude`."""
     queries, keys, bound = problem.queries, problem.keys, problem.bound
     scale = problem.inverse_temperature()
     if bound is not None and launch.fixed_shift_is_safe(problem.temperature, bound, queries.dtype):
         m = ops.moments(
             queries, keys, scale, bound, 0, exclude, problem.backend, *problem.stand_ins
         )
-        return _log(m[:, 0])
+        return _log(m[:, 0]) if less is None else _log(m[:, 0]) - scale * less
     sums = ops.softmax_sums(
         queries, keys, scale.detach()[None], False, exclude, problem.backend, *problem.stand_ins
     )
-    return _from_sums(scale, *sums[:3])
+    return _from_sums(scale, *sums[:3], less)
 
 
 def sums_and_total(problem: Problem, student: bool) -> tuple[Tensor, Tensor]:  # [N], [N]
@@ -147,9 +151,14 @@ def sums_and_total(problem: Problem, student: bool) -> tuple[Tensor, Tensor]:  #
     return _from_sums(scale, peak, mass, slope), total
 
 
-def _from_sums(scale: Tensor, peak: Tensor, mass: Tensor, slope: Tensor) -> Tensor:  # [N]
-    """c peak + log mass, the second with its gradient for c; −∞ for a row without keys."""
-    peak = peak.detach()
+def _from_sums(
+    scale: Tensor, peak: Tensor, mass: Tensor, slope: Tensor, less: Tensor | None = None
+) -> Tensor:  # [N]
+    """c (peak − less) + log mass, the latter with its gradient for c; −∞ for a row without keys.
+
+    In this order: next to a large c peak the mass would have no digits.
+    """
+    peak = peak.detach() if less is None else peak.detach() - less
     mass = Sloped.apply(mass[:, 0], slope, scale[None])
     return torch.where(mass > 0, scale * peak, 0) + _log(mass)
 
