@@ -18,7 +18,7 @@ from .errors import BenchError, Parser
 
 ELSEWHERE = {  # the module whose main is the command
     "static": "static_table",
-    "gpu": "gpu",
+    "gpu": "gpu.command",
     "precision": "precision",
     "demo": "demo",
     "plot": "plot",
