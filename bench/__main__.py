@@ -1,6 +1,6 @@
 """python -m bench            the cases on this machine: a table, and a JSON line a result
 python -m bench static     what the compiler makes of the kernels, for four targets, anywhere
-python -m bench gpu        a CUDA machine's one command: correctness, then speed
+python -m bench gpu        a CUDA machine's one command: rates, correctness, speed, verdicts
 python -m bench precision  digits of loss and gradient against float64
 python -m bench demo       what README shows of `make demo`
 python -m bench plot       pictures from result files
