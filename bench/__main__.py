@@ -1,5 +1,6 @@
 """python -m bench            the cases on this machine: a table, and a JSON line a result
 python -m bench static     what the compiler makes of the kernels, for four targets, anywhere
+python -m bench execute    every kernel's PTX, executed on a CPU and held to float64
 python -m bench gpu        a CUDA machine's one command: rates, correctness, speed, verdicts
 python -m bench precision  digits of loss and gradient against float64
 python -m bench demo       what README shows of `make demo`
@@ -18,6 +19,7 @@ from .errors import BenchError, Parser
 
 ELSEWHERE = {  # the module whose main is the command
     "static": "static_table",
+    "execute": "compiled.execute.command",
     "gpu": "gpu.command",
     "precision": "precision",
     "demo": "demo",

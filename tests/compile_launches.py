@@ -7,79 +7,15 @@ Triton's interpreter runs what its compiler refuses. Run without TRITON_INTERPRE
 
 import sys
 from functools import partial
-from types import ModuleType
 
 import torch
 import triton
 from torch.nn.functional import normalize
-from triton.compiler import ASTSource
 
 import rkdo_kernels as rk
+from bench.compiled.launches import Launch, kernel_names, launches_for
 from bench.targets import TARGETS
-from rkdo_kernels import ResponseField, field_ops, kernels, launch, ops, small
-
-KINDS = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
-    torch.int64: "i64", torch.int32: "i32",
-}  # fmt: skip
-LAUNCHES = {}
-
-
-class Recorder:
-    """Stands for a kernel, and keeps what it is launched with as Triton specialises it."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *arguments, **given):
-        names = self.kernel.arg_names
-        options = {name: given.pop(name) for name in [*given] if name not in names}
-        values = dict(zip(names, arguments, strict=False)) | given
-        assert set(values) == set(names), (self.kernel, set(values) ^ set(names))
-        signature, constants, divisible = {}, {}, {}
-        for at, name in enumerate(names):
-            value = values[name]
-            if isinstance(value, torch.Tensor):
-                signature[name] = f"*{KINDS[value.dtype]}"
-            elif name.isupper() or (type(value) is int and value == 1):
-                signature[name], constants[name] = "constexpr", value
-            else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
-            number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-            if name not in constants and isinstance(number, int) and number % 16 == 0:
-                divisible[(at,)] = [["tt.divisibility", 16]]
-        kept = self.kernel, signature, constants, divisible, options
-        LAUNCHES[repr((self.kernel.fn.__name__, *kept[1:]))] = kept
-
-
-def record(target):
-    """Puts recorders in the place of all kernels, and launches them as for the target."""
-    amd = TARGETS[target].amd
-    launch.config = lambda kernel, x: launch.launch_config(kernel, x, target)
-    launch.dims = lambda x, width=None: launch.dims_for(x, not amd, width)
-    launch.gradient_precision = partial(gradient_precision, amd)
-    launch.backend_for = lambda name, x: "triton"
-    ops.implementation = lambda backend: kernels
-    small.MAX_ENTRIES = 0
-    field_ops.implementation("triton")  # imports its kernels
-    modules = [x for name, x in sys.modules.items() if name.startswith("rkdo_kernels.")]
-    recorders = {}
-    for module in modules:
-        assert isinstance(module, ModuleType)
-        for name, kernel in list(vars(module).items()):
-            if name.startswith("_") and hasattr(kernel, "arg_names"):
-                known = recorders.setdefault(id(kernel), Recorder(kernel))
-                setattr(module, name, known)
-    return {recorder.kernel.fn.__name__ for recorder in recorders.values()}
-
-
-def gradient_precision(amd, x):
-    if amd:
-        return "ieee"
-    return "tf32" if x.dtype == torch.float16 else "tf32x3"
+from rkdo_kernels import ResponseField, launch
 
 
 def views(n, m, d, dtype):
@@ -141,13 +77,14 @@ def fields():
         field.step(queries, keys, where).backward()
 
 
-def compiled(target, kernel, signature, constants, divisible, options):
-    """What is wrong with it, in words."""
-    if "enable_fp_fusion" not in options:
+def wrong_with(received: Launch, target: str) -> str:
+    """In words; empty if nothing is."""
+    if "enable_fp_fusion" not in received.options:
         return "leaves fp fusion to Triton's version"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     try:
-        found = triton.compile(source, target=TARGETS[target].gpu, options=options)
+        found = triton.compile(
+            received.source, target=TARGETS[target].gpu, options=received.options
+        )
     except Exception as error:
         while error.__cause__:
             error = error.__cause__
@@ -159,11 +96,12 @@ def compiled(target, kernel, signature, constants, divisible, options):
 
 if __name__ == "__main__":
     what, target = sys.argv[1:]
-    every = record(target)
-    {"losses": losses, "fields": fields}[what]()
-    for kept in LAUNCHES.values():
-        if wrong := compiled(target, *kept):
-            print("WRONG", kept[0].fn.__name__, kept[2], wrong, flush=True)
-    seen = {kept[0].fn.__name__ for kept in LAUNCHES.values()}
-    print(len(LAUNCHES), "launches of", " ".join(sorted(seen)))
-    print("not launched:", " ".join(sorted(every - seen)))
+    received: dict[str, Launch] = {}
+    with launches_for(target, lambda x: received.setdefault(x.compiled_from, x)):
+        {"losses": losses, "fields": fields}[what]()
+    for x in received.values():
+        if wrong := wrong_with(x, target):
+            print("WRONG", x.name, x.constants, wrong, flush=True)
+    seen = {x.name for x in received.values()}
+    print(len(received), "launches of", " ".join(sorted(seen)))
+    print("not launched:", " ".join(sorted(kernel_names() - seen)))

@@ -1,0 +1,1 @@
+"""Compiled kernels, executed on a CPU: PTX in, results and violations out."""

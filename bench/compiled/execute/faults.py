@@ -1,0 +1,147 @@
+"""Faults seeded in compiled PTX, one at a time: does executing it notice?
+
+A fault is noticed if the execution reports a violation, or gives another result. What survives is
+either a hole in the checks or equivalent: see `EQUIVALENT`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .machine import Execution, execute
+
+Change = Callable[[re.Match[str]], str]
+
+
+def _without(match: re.Match[str]) -> str:
+    return ""
+
+
+def _one_later(match: re.Match[str]) -> str:
+    return match.group(1) + str(int(match.group(2)) + 1)
+
+
+FAULTS: dict[str, tuple[str, Change]] = {
+    "barrier removed": (r"^\s*bar\.sync[^\n;]*;", _without),
+    "load's mask removed": (r"@%p\d+ (ld\.global)", lambda match: match.group(1)),
+    "store's mask removed": (r"@%p\d+ (st\.global)", lambda match: match.group(1)),
+    "cp.async's mask removed": (
+        r"(cp\.async\.c\w\.shared\.global[^;]*, 0x\w+), %r\d+;",
+        lambda match: match.group(1) + ";",
+    ),
+    "cp.async waits for a group less": (r"(cp\.async\.wait_group\s+)(\d+)", _one_later),
+    "wgmma waits for a group less": (r"(wgmma\.wait_group\.sync\.aligned )(\d+)", _one_later),
+    "wgmma.fence removed": (r"wgmma\.fence\.sync\.aligned;", _without),
+    "fence.proxy.async removed": (r"fence\.proxy\.async[^\n;]*;", _without),
+    "shared store 16 bytes on": (
+        r"(st\.shared\S* +\[ ?%r\d+ ?\+ ?)(\d+)",
+        lambda match: match.group(1) + str(int(match.group(2)) + 16),
+    ),
+    "ldmatrix transposed": (
+        r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared",
+        lambda match: "ldmatrix.sync.aligned.m8n8.x4.trans.shared",
+    ),
+    "shuffle from twice the distance": (
+        r"(shfl\.sync\.bfly\.b32\s+\S+ \S+ )(\d+)",
+        lambda match: match.group(1) + str(2 * int(match.group(2))),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What `machine.execute` is given; tensors as they are before it."""
+
+    ptx: str
+    kernel: str
+    grid: tuple[int, int, int]
+    warps: int
+    shared: int
+    arguments: list[tuple[str, Any]]
+    shared_limit: int
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    line: int  # of the PTX
+    ptx: str
+
+
+@dataclass
+class Row:
+    """What became of a kind's faults."""
+
+    seeded: int = 0
+    reported: int = 0
+    other_result: int = 0
+    survived: list[tuple[str, Fault]] = field(default_factory=list)  # kernel, fault
+
+
+def seeded(ptx: str, most: int, seed: int = 0) -> Iterator[Fault]:
+    """At most so many faults of each kind, at places drawn by the seed."""
+    draw = random.Random(seed)
+    for kind, (pattern, change) in FAULTS.items():
+        found = list(re.finditer(pattern, ptx, re.M))
+        for match in draw.sample(found, min(most, len(found))):
+            line = ptx.count("\n", 0, match.start()) + 1
+            yield Fault(kind, line, ptx[: match.start()] + change(match) + ptx[match.end() :])
+
+
+def execution_of(launch: Launch, ptx: str) -> tuple[Execution, list[torch.Tensor]]:
+    """The execution of another text, on copies of the tensors, and what they hold after it."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    arguments = []
+    for kind, value in launch.arguments:
+        if isinstance(value, torch.Tensor):
+            own = value.untyped_storage()
+            copy = storages.setdefault(own.data_ptr(), own.clone())
+            place = value.storage_offset(), value.size(), value.stride()
+            value = torch.empty(0, dtype=value.dtype).set_(copy, *place)
+        arguments.append((kind, value))
+    done = execute(
+        ptx, launch.kernel, launch.grid, launch.warps, launch.shared, arguments,
+        launch.shared_limit,
+    )  # fmt: skip
+    after = [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
+    return done, after
+
+
+def examine(launches: Iterable[Launch], most: int, seed: int = 0) -> dict[str, Row]:
+    """Seeds at most so many faults of each kind in every launch: kind → what became of them."""
+    rows = {kind: Row() for kind in FAULTS}
+    for launch in launches:
+        right, results = execution_of(launch, launch.ptx)
+        known = {violation.kind for violation in right.violations}
+        for fault in seeded(launch.ptx, most, seed):
+            row = rows[fault.kind]
+            row.seeded += 1
+            done, others = execution_of(launch, fault.ptx)
+            if {violation.kind for violation in done.violations} - known:
+                row.reported += 1
+            elif not all(map(torch.equal, results, others)):
+                row.other_result += 1
+            else:
+                row.survived.append((launch.kernel, fault))
+    return rows
+
+
+def table(rows: dict[str, Row]) -> str:
+    head = f"{'fault':34}{'seeded':>8}{'reported':>10}{'other result':>14}{'survived':>10}"
+    lines = [
+        f"{kind:34}{row.seeded:8}{row.reported:10}{row.other_result:14}{len(row.survived):10}"
+        for kind, row in rows.items()
+        if row.seeded
+    ]
+    survivors = [
+        f"survived: {kind}, {kernel}, line {fault.line}"
+        for kind, row in rows.items()
+        for kernel, fault in row.survived
+    ]
+    return "\n".join([head, *lines, *survivors])
