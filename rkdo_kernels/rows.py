@@ -45,9 +45,9 @@ def one_hot(problem: Problem, reduction: str, exclude: Sequence[int] = ()) -> Te
     """−log q at the positive, q = softmax(S / τ) off the diagonals in `exclude`."""
     temperature = problem.temperature
     if isinstance(temperature, Tensor) or not odds_are_safe(problem):
-        others = logsumexp(problem, [problem.offset, *exclude])
-        logit = problem.inverse_temperature() * problem.positive_similarities()
-        return torch.logaddexp(others - logit, torch.zeros_like(logit))
+        similarity = problem.positive_similarities()
+        odds = logsumexp(problem, [problem.offset, *exclude], similarity)
+        return torch.logaddexp(odds, torch.zeros_like(odds))
     scales = [1 / temperature] * 2
     return rkdo_from_moments(problem, 0, scales, 0.0, False, reduction, exclude)
 
@@ -118,15 +118,19 @@ def rkdo_direct(
     return loss
 
 
-def logsumexp(problem: Problem, exclude: Sequence[int]) -> Tensor:  # [N]
-    """log Σ_j exp(S_ij / τ) over the keys off the diagonals in `exclude`."""
+def logsumexp(
+    problem: Problem,
+    exclude: Sequence[int],
+    less: Tensor | None = None,  # [N]
+) -> Tensor:  # [N]
+    """log Σ_j exp((S_ij − less_i) / τ) over the keys off the diagonals in `exclude`."""
     queries, keys, bound = problem.queries, problem.keys, problem.bound
     scale = problem.inverse_temperature()
     if bound is not None and launch.fixed_shift_is_safe(problem.temperature, bound, queries.dtype):
         m = ops.moments(queries, keys, scale, bound, 0, exclude, problem.backend)
-        return _log(m[:, 0])
+        return _log(m[:, 0]) if less is None else _log(m[:, 0]) - scale * less
     sums = ops.softmax_sums(queries, keys, scale.detach()[None], False, exclude, problem.backend)
-    return _from_sums(scale, *sums[:3])
+    return _from_sums(scale, *sums[:3], less)
 
 
 def student_sums(problem: Problem) -> tuple[Tensor, Tensor]:  # [N], [N]
@@ -139,9 +143,14 @@ def student_sums(problem: Problem) -> tuple[Tensor, Tensor]:  # [N], [N]
     return _from_sums(scale, peak, mass, slope), total
 
 
-def _from_sums(scale: Tensor, peak: Tensor, mass: Tensor, slope: Tensor) -> Tensor:  # [N]
-    """c peak + log mass, the second with its gradient for c; −∞ for a row without keys."""
-    peak = peak.detach()
+def _from_sums(
+    scale: Tensor, peak: Tensor, mass: Tensor, slope: Tensor, less: Tensor | None = None
+) -> Tensor:  # [N]
+    """c (peak − less) + log mass, the latter with its gradient for c; −∞ for a row without keys.
+
+    In this order: next to a large c peak the mass would have no digits.
+    """
+    peak = peak.detach() if less is None else peak.detach() - less
     mass = Sloped.apply(mass[:, 0], slope, scale[None])
     return torch.where(mass > 0, scale * peak, 0) + _log(mass)
 

@@ -1,5 +1,7 @@
 """The public losses, on every path and backend: the yardstick, golden values, float64."""
 
+import math
+
 import pytest
 import torch
 from accuracy import DEVICE, DTYPES, assert_as_accurate, compare, evaluate, sample_views
@@ -250,6 +252,18 @@ def test_logsumexp_over_one_key_is_its_logit(n, exclude_self, backend):
             sample_views(n, 8),
             scale=4.0,
         )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [1e9, 1e18])
+def test_equal_logits_of_any_size_share_the_probability(length, backend):
+    """The positive's logit is taken from the peak, not from peak + log mass, which has no digits."""
+    queries = torch.full((1, 1), length, device=DEVICE, requires_grad=True)
+    keys = torch.ones(3, 1, device=DEVICE)
+    for settings in ({"positive_offset": 1}, {"positive_offset": 1, "exclude_self": True}):
+        loss = info_nce(queries, keys, temperature=0.5, bound=None, backend=backend, **settings)
+        count = 2 if "exclude_self" in settings else 3
+        assert abs(float(loss.detach()) - math.log(count)) <= 1e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,1 @@
+"""Random cases against a truth that shares no algebra with the code: see command.py."""
