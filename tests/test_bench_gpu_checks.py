@@ -39,6 +39,8 @@ WAYS = {
     "snapshots": lambda: checks.snapshots(N, 60),
     "second GPU": lambda: situations.second_gpu(PATH, N, D, "bf16"),
     "compiled": lambda: situations.compiled_first(PATH, N, D, "bf16"),
+    "emulator's case": lambda: shared_cases.emulator_case(shared_cases.emulated(1)[0][0]),
+    "fuzzer's cases": lambda: shared_cases.fuzz_batch("0"),
     "poisoned": lambda: situations.poisoned(PATH, N, D, "bf16"),
 }
 BITS = {

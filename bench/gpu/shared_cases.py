@@ -160,7 +160,7 @@ def fuzz_batch(name: str) -> Outcome:
         raise NotApplicable(MISSING)
     from ..fuzz import cases, judge
 
-    first, misses, judged = int(name) * BATCH, [], 0
+    first, misses, judged, edges = int(name) * BATCH, [], 0, 0
     count = 4 if current().rehearsal else BATCH
     with public_names():
         for seed in range(first, first + count):
@@ -169,9 +169,13 @@ def fuzz_batch(name: str) -> Outcome:
                 continue  # an error on a CPU, NaN here: a check of its own
             judged += 1
             miss = judge.judge(case)
-            if miss:
+            if miss and miss.at_the_edge:
+                edges += 1
+            elif miss:
                 misses.append(f"{miss.kind}, {miss.detail}: {case!r}")
-    detail = f"{judged} cases" if not misses else f"{len(misses)} of {judged}: {misses[0]}"
+    detail = f"{judged} cases, {edges} missed at the edge"
+    if misses:
+        detail = f"{len(misses)} of {judged}: {misses[0]}"
     return Outcome(judged > 0 and not misses, detail[:600], {"misses": float(len(misses))})
 
 
