@@ -1,6 +1,6 @@
 """Work in a process of its own: a fork of one that has run nothing, so that what others left behind
 (the C library's heap, which halved one time of what allocates N² numbers and added half to another;
-caches; pools of threads) neither helps nor hurts."""
+caches; pools of threads; a GPU that an illegal access has broken) neither helps nor hurts."""
 
 from __future__ import annotations
 
@@ -27,26 +27,52 @@ class Died(Exception):
         self.killed = code == -signal.SIGKILL
 
 
+class Apart:
+    """`work(*arguments)` under way; what it yields passes through pickle and `pipe`."""
+
+    def __init__(self, work: Callable[..., Iterable[Any]], *arguments: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self.pipe, theirs = context.Pipe(duplex=False)
+        self.child = context.Process(
+            target=child_main, args=(theirs, torch.get_num_threads(), work, arguments), daemon=True
+        )
+        try:
+            start(self.child)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            theirs.close()
+
+    def receive(self) -> Any:
+        """The next that it yields, waited for; raises EOFError at its end, Died if it crashed."""
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.child.join(ENDS_IN)
+            if self.child.exitcode != 0:
+                raise Died(self.child.exitcode) from None
+            raise
+
+    def close(self) -> None:
+        """Ends it, whatever it does."""
+        if self.child.pid:
+            self.child.kill()
+        self.pipe.close()
+
+
 def stream(work: Callable[..., Iterable[Any]], *arguments: Any) -> Iterator[Any]:
-    """What `work(*arguments)` yields there, as it comes; everything passes through pickle."""
-    context = multiprocessing.get_context("forkserver")
-    mine, theirs = context.Pipe(duplex=False)
-    child = context.Process(
-        target=child_main, args=(theirs, torch.get_num_threads(), work, arguments), daemon=True
-    )
+    """What `work(*arguments)` yields in a process of its own, as it comes."""
+    process = Apart(work, *arguments)
     try:
-        start(child)
-        theirs.close()
         while True:
-            yield mine.recv()
-    except EOFError:
-        child.join(ENDS_IN)
-        if child.exitcode != 0:
-            raise Died(child.exitcode) from None
+            try:
+                found = process.receive()
+            except EOFError:
+                return
+            yield found
     finally:
-        if child.pid:
-            child.kill()
-        mine.close()
+        process.close()
 
 
 def start(child: BaseProcess) -> None:

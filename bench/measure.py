@@ -24,7 +24,8 @@ from . import accuracy, memory
 from .apart import Died, stream
 from .cases import Case, named
 from .contenders import Contender, Loss, Unavailable
-from .gpu_timing import DeviceTimer, floor_seconds, replayed
+from .gpu.device import current
+from .gpu.timing import DeviceTimer, floor_seconds, replayed
 from .record import Result
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,7 +137,8 @@ def times(
     skip: Container[str],
 ) -> Iterator[tuple[Result, int | None]]:
     """The contenders' results, but for a CPU's memory, each with the variant that was fastest."""
-    inputs = case.inputs(n, d, DTYPES[dtype], device)
+    place = str(current().place()) if device == "cuda" else device
+    inputs = case.inputs(n, d, DTYPES[dtype], place)
     entrants = []
     known: dict[Any, Any] = {}  # truth and eager's error, by what they are of
     for contender in case.contenders:
@@ -171,7 +173,7 @@ def times(
 
 def seen_from_the_host(entrant: Entrant) -> dict[str, Any]:
     """Of a GPU's contender; a graph's memory was taken when it was captured."""
-    peak = None if entrant.contender.graph else memory.on_gpu(entrant.step)
+    peak = None if entrant.contender.graph else current().peak(entrant.step)
     return {"wall": wall_time(entrant.step), "peak_bytes": peak}
 
 
@@ -261,12 +263,12 @@ def forward_and_backward(loss: Loss, inputs: dict[str, Tensor]) -> tuple[Tensor,
 
 def seconds(step: Callable[[], Any], device: str, repeats: int = 1) -> float:
     if device == "cuda":
-        torch.cuda.synchronize()
+        current().synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
         step()
     if device == "cuda":
-        torch.cuda.synchronize()
+        current().synchronize()
     return (time.perf_counter() - start) / repeats
 
 
@@ -328,4 +330,4 @@ def release(device: str) -> None:
     if device == "cuda":
         gc.collect()
         with suppress(RuntimeError):  # a broken device: the next contender says so
-            torch.cuda.empty_cache()
+            current().empty_cache()

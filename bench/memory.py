@@ -1,16 +1,15 @@
 """Peak memory of forward and backward above the inputs.
 
-On a CPU it is the growth of the resident set, in a process of its own. On a GPU it is the
-allocator's peak.
+On a CPU it is the growth of the resident set, in a process of its own. (On a GPU it is the
+allocator's peak: gpu/device.py.)
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -60,13 +59,3 @@ def on_cpu(
 def status(name: str) -> int:
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(found[1]) if found else 0
-
-
-def on_gpu(step: Callable[[], Any]) -> int:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    kept = step()
-    torch.cuda.synchronize()
-    del kept
-    return torch.cuda.max_memory_allocated() - before

@@ -12,13 +12,12 @@ import hashlib
 import io
 import json
 from collections import defaultdict
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from .errors import BenchError, Parser
 from .measure import DTYPES
-from .record import RUNS, Result, benchmark_files, make_folder, newest, read
+from .record import ADDED, FIELDS, RUNS, Result, benchmark_files, make_folder, newest, read
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -134,7 +133,12 @@ def fate(results: list[Result]) -> str:
 
 
 def digest(drawn: object) -> str:
-    return hashlib.sha256(json.dumps(drawn, default=astuple).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(drawn, default=first_fields).encode()).hexdigest()
+
+
+def first_fields(result: Result) -> tuple[Any, ...]:
+    """Without those that were added later: pictures do not show them."""
+    return tuple(getattr(result, name) for name in FIELDS if name not in ADDED)
 
 
 def save(figure: Any, path: Path, source: str) -> None:

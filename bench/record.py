@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .errors import BenchError, Parser
+from .gpu.device import current
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
@@ -52,6 +53,8 @@ class Result:
     commit: str = ""
     dirty: bool | None = None
     time: str = ""  # UTC
+    sensors: dict[str, Any] = field(default_factory=dict)  # GPU: MHz, W, °C meanwhile, if known
+    rehearsal: bool = False  # the times say nothing: see gpu/stand_in.py
     schema: int = SCHEMA
 
     @property
@@ -64,6 +67,7 @@ class Result:
 
 
 FIELDS = tuple(x.name for x in fields(Result))
+ADDED = frozenset({"sensors", "rehearsal"})  # since the first files of this schema
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def device_name(device: str) -> str:
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return current().properties().name
     model = platform.processor() or platform.machine()
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -194,7 +198,9 @@ def parse(path: Path, number: int, line: str) -> Result:
         raise BenchError(f"{path}:{number} is not a result of this benchmark")
     if values["schema"] != SCHEMA:
         raise BenchError(f"{path}:{number} has schema {values['schema']}, wanted {SCHEMA}")
-    if odd := set(values) ^ set(FIELDS):
+    if values.get("rehearsal"):
+        raise BenchError(f"{path}:{number} is of a rehearsal: it is no result")
+    if odd := (set(values) ^ set(FIELDS)) - (ADDED - set(values)):
         raise BenchError(f"{path}:{number} has other fields than schema {SCHEMA}: {sorted(odd)}")
     return Result(**values)
 

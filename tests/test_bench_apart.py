@@ -77,6 +77,26 @@ def test_the_server_is_deaf_to_ctrl_c_while_it_starts():
     assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
 
 
+LOOKS_FOR_A_GPU = """
+import torch
+def trapped(name):
+    def call(*arguments):
+        raise SystemExit(f"{name} was called")
+    return call
+for name in dir(torch._C):
+    if name.startswith(("_cuda_", "_accelerator_")):
+        setattr(torch._C, name, trapped(name))
+import bench.apart
+"""
+
+
+def test_the_server_looks_for_no_gpu():
+    """CUDA does not outlive a fork: it would be lost to all measuring processes."""
+    run = subprocess.run([sys.executable, "-c", LOOKS_FOR_A_GPU], cwd=ROOT, text=True,
+                         capture_output=True)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
 def handler():
     yield signal.getsignal(signal.SIGINT)
 

@@ -1,299 +1,205 @@
-"""`python -m bench gpu` without a GPU: its own code runs, on a stand-in for torch.cuda."""
+"""`python -m bench gpu` without a GPU: the whole command on a stand-in, whole and broken."""
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
-from contextlib import nullcontext
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 from bench_results import complaint
+from stand_in import FIRST, execute, found_in
 
-from bench import cases, gpu, gpu_checks, gpu_timing, measure, memory, record, session
-from bench.__main__ import main
-from rkdo_kernels import ResponseField, launch
+from bench import record
+from bench.errors import BenchError
+from bench.gpu import clocks, command, plan, runner
+from bench.gpu.outcome import FAILED, LEFT_OUT, NOT_APPLICABLE, PASSED, Setup
+from rkdo_kernels import launch
 
-EFFORT = measure.Effort(seconds=0.02, rounds=2, least=2)
-
-
-class Event:
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end):
-        return 1e3 * (end.at - self.at)
-
-
-class Graph:
-    """Runs nothing: the numbers stay those of the capture."""
-
-    def replay(self):
-        pass
-
-
-STAND_IN = {
-    "is_available": lambda: True,
-    "synchronize": lambda: None,
-    "empty_cache": lambda: None,
-    "get_device_name": lambda: "NVIDIA H200",
-    "get_device_capability": lambda: (9, 0),
-    "get_device_properties": lambda index: SimpleNamespace(L2_cache_size=1 << 20),
-    "memory_allocated": lambda: 1000,
-    "max_memory_allocated": lambda: 3000,
-    "reset_peak_memory_stats": lambda: None,
-    "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
-    "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
-    "stream": lambda stream: nullcontext(),
-    "CUDAGraph": Graph,
-    "graph": lambda graph: nullcontext(),
-    "Event": Event,
+ROOT = Path(__file__).parent.parent
+PLAIN = {  # nothing that is set for the tests alone
+    k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTEST_CURRENT_TEST")
 }
 
 
-@pytest.fixture
-def machine(monkeypatch):
-    """An H200, as far as the benchmark can see; its tensors are a CPU's."""
-    for name, stand_in in STAND_IN.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    for module in (gpu_checks, gpu_timing):
-        monkeypatch.setattr(module, "DEVICE", "cpu")
-    monkeypatch.setattr(launch, "triton_status", lambda: "compiled")
-    monkeypatch.setattr(record, "driver", lambda: "580")
-    small = tuple(
-        cases.replace(case, inputs=lambda n, d, dtype, device: cases.two_views(n, d, dtype, "cpu"))
-        for case in cases.CASES
-    )
-    monkeypatch.setattr(gpu, "CASES", small)
-    monkeypatch.setattr(gpu, "EFFORT", EFFORT)
-    slow = frozenset({"compiled"})
-    plan = (("rkdo_loss", "bf16", ((16, 8), (32, 8)), slow), ("depth", "bf16", ((16, 8),), slow))
-    monkeypatch.setattr(gpu, "PLAN", plan)
-    checks = [("a", passing), ("b", failing), ("accuracy c", passing)]
-    monkeypatch.setattr(gpu_checks, "run", lambda: (gpu_checks.guarded(*x) for x in checks))
-
-
-def passing():
-    return gpu_checks.Check("a", True, "fine")
-
-
-def failing():
-    raise RuntimeError("out of its mind\nin many lines")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_every_planned_problem_is_a_case():
-    known = {case.name: case for case in cases.CASES}
-    for name, dtype, shapes, skip in gpu.PLAN:
-        assert dtype in measure.DTYPES
-        assert skip <= {"compiled"}
-        assert known[name]
-        assert len(set(shapes)) == len(shapes)
-    assert len({(x[0], x[1], shape) for x in gpu.PLAN for shape in x[2]}) == sum(
-        len(x[2]) for x in gpu.PLAN
+def rehearsal(folder):
+    command = [sys.executable, "-m", "bench", "gpu", "--rehearse", "--out", str(folder)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=PLAIN, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
-# ---- the command ---------------------------------------------------------------------------------
+def test_the_rehearsal_runs_every_step(tmp_path):
+    out, err = (process := rehearsal(tmp_path)).communicate(timeout=500)
+    assert process.returncode == 0, out + err
+    found = found_in(tmp_path)
+    assert set(found) == {x.name for x in plan.every(rehearsal=True)}
+    bad = [x for x in found.values() if x.verdict not in (PASSED, NOT_APPLICABLE)]
+    assert not bad
+    why = {x.detail for x in found.values() if x.verdict == NOT_APPLICABLE}
+    assert why <= {"one GPU", "compute-sanitizer is not installed"}
+    assert {x.stage for x in found.values()} == set(plan.STAGES)
+    assert all(x.rehearsal for x in found.values())
+    results = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {"ours", "ours, graph", "eager", "chunked"} <= {x["contender"] for x in results}
+    for x in results:
+        assert x["status"] in ("ok", "unavailable"), x
+        assert x["status"] != "ok" or (x["floor"] > 0 and x["wall"] > 0 and x["p50"] > 0)
+    summary = (tmp_path / "summary.md").read_text()
+    assert "complete" in summary
+    for part in ("Rates", "Checks", "Not applicable", "Kernels", "Speed", "Verdicts"):
+        assert f"\n## {part}\n" in summary
+    last = out.splitlines()[-1]
+    assert last.startswith("summary: ")
+    assert "REHEARSAL" in last
 
 
-def test_checks_then_speed_then_a_summary(machine, tmp_path, capsys):
-    assert main(["gpu", "--out", str(tmp_path)]) == 1  # for the failing check alone
-    shown = capsys.readouterr().out
-    assert "FAILED  b: RuntimeError: out of its mind\n" in shown
-    assert "2 of 3 checks passed" in shown
-    assert shown.splitlines()[-1].startswith("summary: 2 of 3 checks passed, ")
-    assert [x["passed"] for x in lines(tmp_path / "checks.jsonl")] == [True, False, True]
-    results = record.read(tmp_path / "results.jsonl")
-    assert {x.case for x in results} == {"rkdo_loss", "depth"}
-    assert {x.device for x in results} == {"NVIDIA H200"}
-    found = {x.contender: x for x in results if x.case == "rkdo_loss" and x.n == 32}
-    assert set(found) == {"eager", "chunked", "ours", "eager, graph", "ours, graph"}
+def test_a_rehearsal_is_no_result(tmp_path, capsys):
+    line = {"case": "rkdo_loss", "contender": "ours", "n": 64, "d": 64, "dtype": "bf16"}
+    line |= {"status": "ok", "p50": 1e-6, "schema": 1, "rehearsal": True}
+    (tmp_path / "gpu-x.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(BenchError, match="is of a rehearsal: it is no result"):
+        record.read(tmp_path / "gpu-x.jsonl")
+    assert "is of a rehearsal" in complaint(capsys, ["plot", tmp_path / "gpu-x.jsonl"])
+
+
+def test_faults_cost_one_check_each(tmp_path, monkeypatch):
+    faults = dict.fromkeys(FIRST, "")
+    faults |= zip(sorted(FIRST), ("crash", "hang", "error", "wrong", "broken"), strict=False)
+    faults["2 reruns bitwise: rkdo, moments, bf16, 33×64"] = "unsteady"
+    hanging = next(k for k, v in faults.items() if v == "hang")
+    every = plan.every
+
+    def impatient(rehearsal):
+        limits = {hanging: 5.0}
+        return [plan.replace(x, limit=limits.get(x.name, 200)) for x in every(rehearsal)]
+
+    monkeypatch.setattr(plan, "every", impatient)
+    status, found = execute(tmp_path, faults=faults)
+    assert status == 1
+    assert set(found) == FIRST
+    details = {
+        "crash": "its process died: ", "hang": "no answer in 5 s", "error": "RuntimeError: CUDA",
+        "wrong": "", "broken": "RuntimeError: CUDA error: the device is lost", "unsteady": "",
+    }  # fmt: skip
     for name, x in found.items():
-        assert x.status == "ok", x
-        assert x.driver == "580"
-        assert 0 < x.p20 <= x.p50 <= x.p80
-        assert x.wall > 0
-        assert x.peak_bytes == (None if "graph" in name else 2000)
-        assert x.floor == pytest.approx(32 * 32 * 3 / (132 * 16 * 1.755e9))
-    assert (tmp_path / "results-rkdo_loss-d8-bf16.png").exists()
+        if fault := faults[name]:
+            assert x.verdict == FAILED, (fault, x)
+            assert x.detail.startswith(details[fault]), (fault, x)
+        else:
+            assert x.verdict == (NOT_APPLICABLE if "second GPU" in name else PASSED), x
+    assert "correctness: every check passes: " in (tmp_path / "summary.md").read_text()
 
 
-def test_all_well_is_0(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_checks, "run", lambda: (x for x in [passing()]))
-    assert main(["gpu", "--out", str(tmp_path)]) == 0
+def test_a_lost_device_ends_the_run(tmp_path, capsys):
+    name = "CUDA graph: rkdo, moments, fp32, 17×64"
+    status, found = execute(tmp_path / "out", faults={name: "lost"}, gone=str(tmp_path / "gone"))
+    assert status == 1
+    assert found[name].verdict == FAILED
+    left = [x for x in found.values() if x.verdict == LEFT_OUT]
+    assert len(left) >= 5
+    assert all(x.detail.startswith("the device is lost: RuntimeError: CUDA error") for x in left)
+    assert set(found) == FIRST
+    assert "the device is lost: " in (tmp_path / "out" / "summary.md").read_text()
+    assert "the device is lost: " in capsys.readouterr().out
 
 
-def test_what_breaks_off_does_not_stop_the_rest(machine, tmp_path, capsys, monkeypatch):
-    def broken(n, d, dtype, device):
-        if n == 32:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
-        return cases.two_views(n, d, dtype, "cpu")
-
-    monkeypatch.setattr(gpu, "CASES", [cases.replace(x, inputs=broken) for x in cases.CASES])
-    monkeypatch.setattr(gpu_checks, "run", failing)
-    assert main(["gpu", "--out", str(tmp_path)]) == 1
-    shown = capsys.readouterr().out
-    assert "checks broke off: RuntimeError: out of its mind\n" in shown
-    assert "speed broke off: RuntimeError: CUDA error: an illegal memory access" in shown
-    assert "2 parts broken off" in shown.splitlines()[-1]
-    kept = record.read(tmp_path / "results.jsonl")
-    assert {x.n for x in kept} == {16}
-    assert f"{len(kept)} results" in shown.splitlines()[-1]
+def test_two_gpus(tmp_path):
+    name = "second GPU: rkdo, moments, bf16, 33×64"
+    status, found = execute(tmp_path / "two", {name}, gpus=2)
+    assert (status, found[name].verdict) == (0, PASSED)
+    status, found = execute(tmp_path / "one", {name})
+    assert (status, found[name].verdict, found[name].detail) == (0, NOT_APPLICABLE, "one GPU")
+    assert "one GPU: second GPU" in (tmp_path / "one" / "summary.md").read_text()
 
 
-def test_time_that_runs_out_ends_both_parts(machine, tmp_path, capsys):
-    assert main(["gpu", "--out", str(tmp_path), "--minutes", "0"]) == 0
-    shown = capsys.readouterr()
-    assert "out of time for checks" in shown.out
-    assert "out of time: the rest is not measured" in shown.err
-    assert "summary: 1 of 1 checks passed, 0 results" in shown.out
+def test_a_full_disk_ends_nothing(tmp_path, capsys, monkeypatch):
+    class FullDisk(command.Journal):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.checks = open("/dev/full", "w")  # noqa: SIM115
+            self.writer.file = open("/dev/full", "w")  # noqa: SIM115
 
-
-def test_ctrl_c_still_sums_up(machine, tmp_path, capsys, monkeypatch):
-    def stop():
-        yield passing()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(gpu_checks, "run", stop)
-    assert main(["gpu", "--out", str(tmp_path)]) == 130
-    assert "summary: 1 of 1 checks passed, 0 results" in capsys.readouterr().out
-
-
-def test_what_a_gpu_run_needs_is_said_in_one_line(machine, tmp_path, capsys, monkeypatch):
-    (tmp_path / "checks.jsonl").touch()
-    assert "exists already" in complaint(capsys, ["gpu", "--out", tmp_path])
-    assert "cannot be a folder" in complaint(capsys, ["gpu", "--out", tmp_path / "checks.jsonl"])
-    monkeypatch.setattr(launch, "triton_status", lambda: "interpreted")
-    assert "Triton is interpreted" in complaint(capsys, ["gpu", "--out", tmp_path / "new"])
-    assert not (tmp_path / "new").exists()
-
-
-def test_out_of_memory_while_memory_is_measured_is_a_result(machine, monkeypatch):
-    def starved(step):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(memory, "on_gpu", starved)
-    found = list(
-        measure.measure(session.only(gpu.CASES[0], ["ours"]), 16, 8, "fp32", "cuda", EFFORT, {})
+    monkeypatch.setattr(command, "Journal", FullDisk)
+    names = {"rate: memory", "speed: depth, bf16, 16×64"}
+    settings = command.Settings(
+        tmp_path, setup=Setup(rehearsal=True), only=lambda check: check.name in names
     )
-    assert [(x.status, x.p50) for x in found] == [("oom", None)]
+    assert command.execute(settings) == 1
+    shown = capsys.readouterr()
+    assert shown.err.count("checks.jsonl cannot be written: No space left on device") == 1
+    assert shown.err.count("results.jsonl cannot be written: No space left on device") == 1
+    assert "summary: 2 of 2 checks passed" in shown.out
+    assert "ours depth 8" in (tmp_path / "summary.md").read_text()
 
 
-# ---- the checks ----------------------------------------------------------------------------------
+def test_ctrl_c_leaves_what_there_is(tmp_path):
+    process = rehearsal(tmp_path)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "summary.md").exists():  # from the first check on
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert "under way" in (tmp_path / "summary.md").read_text()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in err
+    assert found_in(tmp_path)
+    assert "interrupted" in (tmp_path / "summary.md").read_text()
+    assert "interrupted" in out.splitlines()[-1]
 
 
-def test_the_checks_pass_on_a_cpu(machine, monkeypatch):
-    """Every kind of check, on the tiles: the code that judges the kernels is itself in order."""
-    monkeypatch.setattr(launch, "triton_status", lambda: "missing")
-    monkeypatch.setattr(gpu_checks, "BEYOND", 70)
-    monkeypatch.setattr(gpu_checks, "RERUNS", 2)
-    monkeypatch.setattr(gpu_checks, "SHAPES", ((1, 1, "bf16"), (3, 31, "fp16"), (33, 20, "fp32")))
-    monkeypatch.setattr(gpu_checks, "two_views", fewer_rows)
-    monkeypatch.setattr(gpu_timing, "replayed", recomputed)
-    for label, check in gpu_checks.plan():
-        if not label.startswith("offsets"):  # gigabytes
-            answer = gpu_checks.guarded(label, check)
-            assert answer.passed, answer
-            assert answer.name == label
+# ---- time ----------------------------------------------------------------------------------------
 
 
-def fewer_rows(n, *rest, **others):
-    return cases.two_views(min(n, 70), *rest, **others)
+def checks_of(stage, count=3):
+    return [x for x in plan.every(rehearsal=True) if x.stage == stage][:count]
 
 
-def recomputed(step):
-    """As a graph's replay: into the same tensors."""
-    kept = step()
-
-    def replay():
-        for old, new in zip(kept, step(), strict=True):
-            old.copy_(new)
-
-    replay.kept = kept
-    return replay
+def test_a_check_that_would_pass_its_stages_end_is_left_out():
+    process = runner.Runner(Setup(rehearsal=True), clocks.Watch(None), time.monotonic() + 600)
+    found = list(process.stage(checks_of("correctness"), time.monotonic()))
+    assert [x.verdict for x in found] == [LEFT_OUT] * 3
+    assert {x.detail for x in found} == {"no time left for its stage"}
 
 
-def test_rows_far_apart_are_far_apart(machine, monkeypatch):
-    contender = gpu_checks.paths()["rkdo, moments"]
-    seen = []
-
-    def look(loss, inputs):
-        keys = inputs["keys"]
-        seen.append((keys.stride(), (len(keys) - 1) * keys.stride(0)))
-        raise MemoryError
-
-    monkeypatch.setattr(gpu_checks.accuracy, "evaluate", look)
-    answer = gpu_checks.guarded("far", lambda: gpu_checks.far_apart("far", contender))
-    assert not answer.passed
-    assert seen[0][0] == (1 << 20, 1)
-    assert seen[0][1] > 1 << 31
+def test_what_hangs_is_broken_off_when_the_time_is_over():
+    checks = checks_of("correctness", 1)
+    setup = Setup(rehearsal=True, faults={checks[0].name: "hang"})
+    process = runner.Runner(setup, clocks.Watch(None), time.monotonic() - runner.GRACE + 1)
+    (found,) = process.stage(checks, time.monotonic() + 600)
+    assert (found.verdict, found.detail) == (LEFT_OUT, "broken off: the time is over")
+    assert not process.lanes
 
 
-def test_a_wrong_graph_and_a_wrong_rerun_are_noticed(machine, monkeypatch):
-    contender = gpu_checks.paths()["info_nce"]
-    answer = gpu_checks.in_a_graph("graph", contender)  # the stand-in replays nothing
-    assert (answer.passed, answer.detail) == (False, "differs from the call without")
-    calls = []
-
-    def unsteady(queries, keys):
-        calls.append(1)
-        return (queries * keys).sum() * len(calls)
-
-    monkeypatch.setattr(gpu_checks, "RERUNS", 3)
-    other = gpu_checks.Contender("unsteady", lambda n, device: unsteady, contender.rows)
-    assert not gpu_checks.bitwise("bitwise", other).passed
+def test_too_little_time_runs_the_rates_alone(tmp_path):
+    names = {"rate: memory", "CUDA graph: rkdo, moments, fp32, 17×64"}
+    status, found = execute(tmp_path, names, minutes=0.2)
+    assert status == 1  # a rehearsal is to run everything
+    assert {x: y.verdict for x, y in found.items()} == dict(
+        zip(sorted(names), (LEFT_OUT, PASSED), strict=True)
+    )
+    assert "does not fit into 0.2 minutes" in (tmp_path / "summary.md").read_text()
 
 
-@pytest.mark.parametrize("wrong", ["step", "stored"])
-def test_a_wrong_update_of_the_field_is_noticed(machine, monkeypatch, wrong):
-    assert gpu_checks.updated("field", torch.bfloat16, 40).passed
-    if wrong == "step":  # a step that forgets a part of alpha
-        inner = ResponseField.step
-
-        def step(self, *views, alpha, **others):
-            return inner(self, *views, alpha=0.9 * alpha, **others)
-
-        monkeypatch.setattr(ResponseField, "step", step)
-    else:  # rounded to the nearest, always down where alpha is small
-        rows = ResponseField.rows
-        monkeypatch.setattr(ResponseField, "rows", lambda self, index: 0.99 * rows(self, index))
-    assert not gpu_checks.updated("field", torch.bfloat16, 40).passed
+# ---- the command line ----------------------------------------------------------------------------
 
 
-def crash():
-    os.kill(os.getpid(), 9)
-
-
-def hang():
-    time.sleep(60)
-
-
-def illegal():
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-
-def test_a_check_that_takes_its_process_along_costs_only_itself(monkeypatch):
-    plan = [
-        ("first", passing), ("illegal", illegal), ("second", passing), ("crash", crash),
-        ("hang", hang), ("third", passing), ("wrong", failing), ("fourth", passing),
-    ]  # fmt: skip
-    monkeypatch.setattr(gpu_checks, "START", "fork")
-    monkeypatch.setattr(gpu_checks, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_checks, "plan", lambda: plan)
-    started = []
-    monkeypatch.setattr(gpu_checks, "broken", lambda: started.append(1) or len(started) == 1)
-    answers = list(gpu_checks.run(wait=6))
-    assert [x.passed for x in answers] == [True, False, True, False, False, True, False, True]
-    assert [x.detail for x in answers if not x.passed] == [
-        "RuntimeError: CUDA error: an illegal memory access was encountered",
-        "its process died",
-        "no answer in 6 s",
-        "RuntimeError: out of its mind",
-    ]
+def test_what_a_run_needs_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    out = ["gpu", "--rehearse", "--out"]
+    (tmp_path / "checks.jsonl").touch()
+    assert "exists already" in complaint(capsys, [*out, tmp_path])
+    assert "cannot be a folder" in complaint(capsys, [*out, tmp_path / "checks.jsonl"])
+    new = tmp_path / "new"
+    assert "--minutes must be above 0" in complaint(capsys, [*out, new, "--minutes", "0"])
+    assert "invalid choice: 'luck'" in complaint(capsys, [*out, new, "--only", "luck"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in complaint(capsys, ["gpu", "--out", new])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "triton_status", lambda: "interpreted")
+    assert "Triton is interpreted" in complaint(capsys, ["gpu", "--out", new])
+    assert not new.exists()
