@@ -50,7 +50,7 @@ def views(name, n, d, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
-@pytest.mark.parametrize(("n", "d"), [(40, 2), (70, 3), (33, 20)])
+@pytest.mark.parametrize(("n", "d"), [(40, 2), (33, 9)])
 @pytest.mark.parametrize("name", MAPS)
 def test_as_accurate_as_differences(name, n, d, backend, tiles):
     assert_as_accurate(
