@@ -33,20 +33,28 @@ def rooms(
     return d_queries, d_keys
 
 
-def asked(ctx: Any) -> list[bool]:
-    """The gradients that an operator's backward pass must form: its first two inputs are queries
-    and keys, its last two their stand-ins."""
-    needs = ctx.needs_input_grad
-    return [needs[0] or needs[-2], needs[1] or needs[-1]]
+def asked(ctx: Any, stand_ins: int) -> list[bool]:
+    """The gradients that a backward pass must form, to queries and keys, the first two inputs, or
+    to their stand-ins, the two from `stand_ins` on."""
+    here, there = _needs(ctx, stand_ins)
+    return [a or b for a, b in zip(here, there, strict=True)]
 
 
-def handed(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """An operator's results: gradients to the stand-ins where these are given."""
-    needs = ctx.needs_input_grad
-    there = needs[-2:]
-    here = [need and not stands for need, stands in zip(needs[:2], there, strict=True)]
-    between = [None] * (len(needs) - 4)
-    return *only(here, gradients), *between, *only(there, gradients)
+def handed(
+    ctx: Any, gradients: Sequence[Tensor], stand_ins: int
+) -> tuple[Tensor | None, ...]:  # one an input
+    """Gradients as autograd takes them: to the stand-ins where these are given."""
+    here, there = _needs(ctx, stand_ins)
+    here = [need and not stands for need, stands in zip(here, there, strict=True)]
+    between = [None] * (stand_ins - 2)
+    every = *only(here, gradients), *between, *only(there, gradients)
+    return every[: len(ctx.needs_input_grad)]
+
+
+def _needs(ctx: Any, stand_ins: int) -> tuple[list[bool], list[bool]]:
+    """A custom operator's last inputs are missing where they are None by default."""
+    needs = [*ctx.needs_input_grad, False, False][: stand_ins + 2]
+    return needs[:2], needs[stand_ins:]
 
 
 def only(needs: Needs, gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

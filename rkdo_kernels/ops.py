@@ -113,11 +113,11 @@ def _moments_gradient(ctx, d_moments):
         k = torch.arange(1, ctx.degree + 1, dtype=weights.dtype, device=weights.device)
         slope = torch.nn.functional.pad(d_moments[:, 1:] * (k / ctx.bound), (0, 1))
         weights = weights + slope
-    needs = asked(ctx)
+    needs = asked(ctx, 7)
     gradients = moments_backward(
         queries, keys, scale, ctx.bound, weights, ctx.exclude, None, needs, ctx.backend
     )
-    return handed(ctx, gradients)
+    return handed(ctx, gradients, 7)
 
 
 moments.register_autograd(_moments_gradient, setup_context=_moments_setup)
@@ -192,12 +192,12 @@ def _both_sums_setup(ctx, inputs, output):
 
 def _both_sums_gradient(ctx, d_rows, d_cols, d_positive):
     queries, keys = ctx.saved_tensors
-    needs = asked(ctx)
+    needs = asked(ctx, 6)
     gradients = both_sums_backward(
         queries, keys, ctx.scale, d_rows, d_cols, ctx.exclude, d_positive if ctx.paired else None,
         needs, ctx.backend,
     )  # fmt: skip
-    return handed(ctx, gradients)
+    return handed(ctx, gradients, 6)
 
 
 both_sums.register_autograd(_both_sums_gradient, setup_context=_both_sums_setup)
@@ -244,8 +244,10 @@ def _self_sums_setup(ctx, inputs, output):
 def _self_sums_gradient(ctx, d_sums):
     (images,) = ctx.saved_tensors
     gradient = self_sums_backward(images, ctx.scale, d_sums, ctx.backend)
-    to_images = ctx.needs_input_grad[-1]
-    return None if to_images else gradient, None, None, gradient if to_images else None
+    to_images = ctx.needs_input_grad[3:]  # missing where it is None
+    if any(to_images):
+        return None, None, None, gradient
+    return gradient, *[None] * (2 + len(to_images))
 
 
 self_sums.register_autograd(_self_sums_gradient, setup_context=_self_sums_setup)
@@ -300,16 +302,16 @@ def _recursion_moments_setup(ctx, inputs, output):
 
 def _recursion_moments_gradient(ctx, d_loss, *_):
     queries, keys, weights, at_positive, *gradients = ctx.saved_tensors
-    needs = asked(ctx)
+    needs = asked(ctx, 10)
     if any(ctx.formed):  # asked for only where every row's loss weighs the same
         results = [g * d_loss[0].to(g.dtype) for g in gradients]
-        return handed(ctx, [once(x, queries, keys) for x in results])
+        return handed(ctx, [once(x, queries, keys) for x in results], 10)
     weight = torch.full((), ctx.weight, dtype=d_loss.dtype, device=d_loss.device)
     results = moments_backward(
         queries, keys, weight, ctx.bound, weights * d_loss[:, None], ctx.exclude,
         at_positive * d_loss, needs, ctx.backend,
     )  # fmt: skip
-    return handed(ctx, results)
+    return handed(ctx, results, 10)
 
 
 recursion_moments.register_autograd(
@@ -381,11 +383,11 @@ def _softmax_sums_setup(ctx, inputs, output):
 
 def _softmax_sums_gradient(ctx, d_peak, d_mass, d_slope, d_total):
     queries, keys, scales, peak = ctx.saved_tensors
-    needs = asked(ctx)
+    needs = asked(ctx, 6)
     gradients = softmax_sums_backward(
         queries, keys, scales, ctx.student, ctx.exclude, peak, d_mass, d_total, needs, ctx.backend
     )
-    return handed(ctx, gradients)
+    return handed(ctx, gradients, 6)
 
 
 softmax_sums.register_autograd(_softmax_sums_gradient, setup_context=_softmax_sums_setup)
@@ -495,12 +497,12 @@ def _recursion_setup(ctx, inputs, output):
 
 def _recursion_gradient(ctx, d_loss, *_):
     queries, keys, scales, *rows = ctx.saved_tensors
-    needs = asked(ctx)
+    needs = asked(ctx, 7)
     gradients = recursion_backward(
         queries, keys, scales, ctx.alpha, ctx.positive_offset, ctx.detach_target, *rows, d_loss,
         needs, ctx.backend,
     )  # fmt: skip
-    return handed(ctx, gradients)
+    return handed(ctx, gradients, 7)
 
 
 recursion.register_autograd(_recursion_gradient, setup_context=_recursion_setup)

@@ -162,11 +162,11 @@ class Dot(torch.autograd.Function):
     def backward(ctx: Any, d_dot: Tensor) -> Any:  # type: ignore[override]
         a, b = ctx.saved_tensors
         d = d_dot[:, None].to(ops.product_dtype(a))
-        needs = asked(ctx)
+        needs = asked(ctx, 2)
         gradients = [
             once(d * x, a, b) if need else d for x, need in zip((b, a), needs, strict=True)
         ]
-        return handed(ctx, gradients)
+        return handed(ctx, gradients, 2)
 
 
 @host_constant
