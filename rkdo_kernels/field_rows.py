@@ -111,7 +111,8 @@ def _dense_rows(
         moves = (mass > 0) & (f < float("inf")) & (tl.abs(all_of_s) < float("inf"))
         keep = tl.where(moves, (1 - alpha) * share, -1.0)
         tl.store(out + KEEP * n_rows, keep.to(tl.float32), mask=there)
-        tl.store(out + GAIN * n_rows, (alpha * mass * share * f).to(tl.float32), mask=there)
+        gain = tl.where(moves, alpha * mass * share * f, 0.0)
+        tl.store(out + GAIN * n_rows, gain.to(tl.float32), mask=there)
     if NOISE:
         seed = tl.load(clock_ptr)
         updates = mixed(tl.load(clock_ptr + 1).to(tl.uint32))

@@ -194,7 +194,7 @@ class ResponseField:
 
     @in_turn
     def rows(self, index: Index) -> Tensor:  # [B, n]
-        """Rows of a dense field.
+        """Rows of a dense field, each divided by its sum.
 
         Raises:
             RuntimeError: the field is a snapshot, which has no rows but within a batch.

@@ -66,6 +66,45 @@ def test_a_small_weight_of_ones_own_at_the_start(stored):
     assert float((rows.sum(1) - 1).abs().max()) <= 1e-6
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["float32", "snapshot"])
+def test_half_precision_is_rounded_once(kind, reduction, dtype, backend):
+    """A collapsed batch's gradients are small differences: float32's own, rounded at the end."""
+    n, d = 33, 24
+    generator = torch.Generator().manual_seed(0)
+    away = torch.randn(2, n, d, generator=generator, dtype=torch.float64)
+    center = torch.nn.functional.normalize(torch.ones(d, dtype=torch.float64), dim=0)
+    away -= (away @ center)[..., None] * center
+    near = 0.999 * center + 0.0447 * torch.nn.functional.normalize(away, dim=2)
+    views = near.to(DEVICE, dtype).unbind()
+    field = KINDS[kind](n, d, device=DEVICE)
+    field.update(*views, slice(0, n))
+    weights = torch.linspace(-1, 1, n, dtype=torch.float64, device=DEVICE)
+
+    def gradients(loss, *views):
+        leaves = [x.clone().requires_grad_() for x in views]
+        value = loss(*leaves)
+        total = value.double() @ weights if value.dim() else value
+        return torch.autograd.grad(total, leaves)
+
+    def eager(queries, keys):
+        block = field.block(slice(0, n)).to(queries.dtype)
+        rows = reference.field_loss(block, queries, keys, temperature=0.5)
+        return rows if reduction == "none" else rows.mean()
+
+    def ours(queries, keys):
+        return field.loss(queries, keys, slice(0, n), reduction=reduction, backend=backend)
+
+    truth = gradients(eager, *(x.double() for x in views))
+    once = gradients(eager, *(x.float() for x in views))
+    for found, single, true in zip(gradients(ours, *views), once, truth, strict=True):
+        error, eagers = (float((x.to(dtype).double() - true).abs().max()) for x in (found, single))
+        ulp = torch.finfo(dtype).eps * float(true.abs().max())
+        assert error <= 2 * eagers + ulp / 4
+
+
 def anti_aligned(count, step):
     """Unit rows whose own pair is far less similar than the others, all different every step."""
     generator = torch.Generator().manual_seed(step)

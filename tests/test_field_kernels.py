@@ -159,10 +159,10 @@ def test_dense_is_what_whole_matrices_and_the_tiles_have(
         wanted, eager = truth[3].clone(), naive[3].double()
         wanted[at_own], eager[at_own] = 0, 0
         hold(block, eager, wanted, "block")
-    assert float((found["diagonal"] - other["diagonal"])[alike].abs().max()) <= 1e-6
+    assert float((found["diagonal"] / other["diagonal"] - 1).abs().max()) <= 2e-6
     sums = found["matrix"].double().sum(1) + found["diagonal"].double()
     assert float((found["row_sum"] - sums).abs().max()) <= 3e-7
-    assert float((found["row_sum"] - other["row_sum"]).abs().max()) <= 3e-7
+    assert float((found["row_sum"] - other["row_sum"])[alike].abs().max()) <= 3e-7
     if d > 16:
         assert (block[~at_own] != problem.block()[~at_own]).float().mean() > 0.05
 
