@@ -135,7 +135,9 @@ class FieldCall:
             )  # fmt: skip
             if dtype != torch.float64:
                 after = self.as_stored(after)
-            outcome |= parts_of(after.double())
+            after = after.double()
+            after.diagonal().add_(1 - self.made().rows(self.index()).double().sum(1))
+            outcome |= parts_of(after)
         return outcome
 
     def as_stored(self, block: Tensor) -> Tensor:
@@ -172,5 +174,6 @@ class FieldCall:
 
 
 def parts_of(block: Tensor) -> Outcome:
-    """A block's diagonal, and the rest, whose entries are far smaller."""
-    return {"diagonal": block.diagonal().clone(), "others": block.clone().fill_diagonal_(0)}
+    """Of rows: entries but for the diagonal, which are small; and 1 − the diagonal, which takes up
+    what a row has lost that is to add up to one, and so is held to digits of one."""
+    return {"beside": 1 - block.diagonal(), "others": block.clone().fill_diagonal_(0)}
