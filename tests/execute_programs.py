@@ -13,7 +13,9 @@ LIMIT = 227 << 10
 
 def program(body: str, tensors: int, threads: int = 32) -> str:
     """An entry of so many pointers, in %rd0, %rd1, ..; %r0 is the thread."""
-    parameters = ",\n".join(f"\t.param .u64 .ptr .global .align 1 k_param_{i}" for i in range(tensors))
+    parameters = ",\n".join(
+        f"\t.param .u64 .ptr .global .align 1 k_param_{i}" for i in range(tensors)
+    )
     loads = "\n".join(f"ld.param.b64 %rd{i}, [k_param_{i}];" for i in range(tensors))
     return f""".version 8.8
 .target sm_90a

@@ -13,6 +13,9 @@ OWN = "shl.b32 %r1, %r0, 2; cvt.u64.u32 %rd9, %r1; add.s64 %rd10, %rd0, %rd9;"  
 NEXT = "add.s32 %r2, %r1, 4; and.b32 %r2, %r2, {last};"  # and its neighbour's
 OUTSIDE_READ = "global read outside the tensors"
 OUTSIDE_WRITE = "global write outside the tensors"
+STORED = "stored value that depends on what was never written"
+CONDITION = "condition that depends on what was never written"
+ADDRESS = "address that depends on what was never written"
 RACES = {
     "race: written while others read", "race: written twice", "race: read while another writes",
 }  # fmt: skip
@@ -32,7 +35,7 @@ def one(body, *tensors, **options):
 # ---- bounds and alignment
 
 
-@pytest.mark.parametrize("offset, lanes", [(-4, 1), (0, 0), (4, 1), (128, 32)])
+@pytest.mark.parametrize(("offset", "lanes"), [(-4, 1), (0, 0), (4, 1), (128, 32)])
 def test_global_bounds_are_the_tensors(offset, lanes):
     backing = torch.zeros(3, 32, dtype=torch.int32)
     x = backing[1].clone() if lanes == 32 else backing[1]  # a view has no more than its own rows
@@ -69,7 +72,10 @@ def test_misaligned_addresses():
     assert one("ld.global.b32 %r1, [%rd0+2];", ints()) == wrong
     assert one("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0+8];", ints()) == wrong
     assert one("mov.b32 %r1, 6; ld.shared.b32 %r2, [%r1];", shared=64) == wrong
-    assert one("mov.b32 %r1, 8; cp.async.cg.shared.global [%r1], [%rd0], 16;", ints(), shared=64) == wrong
+    assert (
+        one("mov.b32 %r1, 8; cp.async.cg.shared.global [%r1], [%rd0], 16;", ints(), shared=64)
+        == wrong
+    )
 
 
 def test_shared_bounds():
@@ -78,7 +84,9 @@ def test_shared_bounds():
     clean(store.format(0), ints(), shared=128)
     assert one(store.format(4), ints(), shared=128) == {wrong}
     assert one(store.format(-4), ints(), shared=128) == {wrong}
-    assert wrong in one(OWN + "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];", ints(), shared=0)
+    assert wrong in one(
+        OWN + "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];", ints(), shared=0
+    )
 
 
 def test_more_shared_memory_than_there_is():
@@ -151,13 +159,15 @@ def test_programs_do_not_wait_for_one_another():
 
 def test_cp_async_must_be_waited_for():
     wrong = "shared memory that an unfinished cp.async writes"
-    body = f"""shl.b32 %r1, %r0, 2; mad.wide.u32 %rd10, %r0, 4, %rd0;
-cp.async.ca.shared.global [%r1], [%rd10], 4; cp.async.commit_group; cp.async.wait_group {{}};
+    body = """shl.b32 %r1, %r0, 2; mad.wide.u32 %rd10, %r0, 4, %rd0;
+cp.async.ca.shared.global [%r1], [%rd10], 4; cp.async.commit_group; cp.async.wait_group {};
 ld.shared.b32 %r2, [%r1]; st.global.b32 [%rd10], %r2;"""
     clean(body.replace("{}", "0"), ints(), shared=128)
     assert wrong in one(body.replace("{}", "1"), ints(), shared=128)
     early = "cp.async.wait_group {};\nld.shared.b32 %r2, [%r1];"
-    written = body.replace(early, "st.shared.b32 [%r1], %r0; cp.async.wait_all; ld.shared.b32 %r2, [%r1];")
+    written = body.replace(
+        early, "st.shared.b32 [%r1], %r0; cp.async.wait_all; ld.shared.b32 %r2, [%r1];"
+    )
     assert one(written, ints(), shared=128) == {wrong}
 
 
@@ -176,7 +186,8 @@ def test_a_copy_of_fewer_bytes_reads_no_more():
 
 # ---- wgmma
 
-MULTIPLY = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %rd10, %rd11, 1, 1, 1, 0, 0;
+MULTIPLY = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3},
+%rd10, %rd11, 1, 1, 1, 0, 0;
 wgmma.commit_group.sync.aligned;"""
 FENCE, WAIT = "fence.proxy.async.shared::cta;", "wgmma.wait_group.sync.aligned 0;"
 UNSEEN = "shared memory stored, and read by wgmma, with no fence.proxy.async between"
@@ -228,27 +239,29 @@ def test_wgmma_reads_shared_memory_until_its_wait():
     assert checked(product(after="@%p1 st.shared.b32 [%r1+2048], %r2;")) & RACES
 
 
-def test_wgmma_wants_its_fence_after_other_writes_of_its_registers():
-    wrong = {"register written after the last wgmma.fence before wgmma"}
+def test_wgmma_wants_its_fence_after_others_use_its_registers():
+    wrong = {"register used after the last wgmma.fence before wgmma"}
     assert checked(product(fence="")) == wrong
     assert checked(product(fence="wgmma.fence.sync.aligned; mov.f32 %f1, 0f00000000;")) == wrong
+    assert checked(product(fence="wgmma.fence.sync.aligned; mov.f32 %f9, %f1;")) == wrong
     assert checked(product(between=MULTIPLY)) == set()  # into the same accumulators again
 
 
 # ---- what was never written
 
 
-@pytest.mark.parametrize("body, kind", [
-    ("st.global.b32 [%rd10], %r9;", "stored value that depends on what was never written"),
-    ("add.s32 %r8, %r9, %r0; st.global.b32 [%rd10], %r8;", "stored value that depends on what was never written"),
-    ("setp.lt.s32 %p1, %r9, 3; @%p1 bra $end; $end:", "condition that depends on what was never written"),
+@pytest.mark.parametrize(("body", "kind"), [
+    ("st.global.b32 [%rd10], %r9;", STORED),
+    ("add.s32 %r8, %r9, %r0; st.global.b32 [%rd10], %r8;", STORED),
+    ("setp.lt.s32 %p1, %r9, 3; @%p1 bra $end; $end:", CONDITION),
     ("cvt.u64.u32 %rd11, %r9; add.s64 %rd11, %rd11, %rd10; ld.global.b32 %r8, [%rd11];",
-     "address that depends on what was never written"),
-    ("ld.shared.b32 %r8, [%r1]; st.global.b32 [%rd10], %r8;", "stored value that depends on what was never written"),
+     ADDRESS),
+    ("ld.shared.b32 %r8, [%r1]; st.global.b32 [%rd10], %r8;", STORED),
     ("setp.lt.u32 %p1, %r0, 31; @%p1 mov.b32 %r8, 0; st.global.b32 [%rd10], %r8;",
-     "stored value that depends on what was never written"),
-    ("setp.lt.u32 %p1, %r0, 31; @%p1 st.shared.b32 [%r1], %r0; bar.sync 0; shfl.sync.bfly.b32 %r8, %r9, 1, 31, -1;"
-     "ld.shared.b32 %r7, [%r1]; st.global.b32 [%rd10], %r7;", "stored value that depends on what was never written"),
+     STORED),
+    ("setp.lt.u32 %p1, %r0, 31; @%p1 st.shared.b32 [%r1], %r0; bar.sync 0;"
+     "shfl.sync.bfly.b32 %r8, %r9, 1, 31, -1;"
+     "ld.shared.b32 %r7, [%r1]; st.global.b32 [%rd10], %r7;", STORED),
 ])  # fmt: skip
 def test_what_was_never_written_reaches_nothing(body, kind):
     assert kind in one(OWN + body, ints(), shared=128)
@@ -266,7 +279,7 @@ def test_a_new_program_finds_nothing_of_the_one_before():
 {SYNC} ld.shared.b32 %r3, [%r1]; st.global.b32 [%rd10], %r3;"""
     clean(body, ints(), shared=128)
     found = one(body, ints(), shared=128, grid=(2, 1, 1))
-    assert "stored value that depends on what was never written" in found
+    assert STORED in found
 
 
 # ---- lanes, barriers, ends
@@ -292,7 +305,8 @@ def test_barriers_are_everyones():
 
 
 def test_matrix_instructions_are_the_whole_warps():
-    body = "setp.lt.u32 %p1, %r0, 16; mov.b32 %r1, 0; @%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];"
+    body = """setp.lt.u32 %p1, %r0, 16; mov.b32 %r1, 0;
+@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];"""
     assert "not executed by all lanes of the warp" in one(body, shared=128)
 
 
@@ -305,13 +319,15 @@ def test_a_program_ends():
 
 
 def test_an_operation_that_is_not_there_is_named():
-    with pytest.raises(BenchError, match=r"k, line \d+ of the PTX: the interpreter has no tcgen05\.alloc"):
+    with pytest.raises(
+        BenchError, match=r"k, line \d+ of the PTX: the interpreter has no tcgen05\.alloc"
+    ):
         run("tcgen05.alloc %r1;")
-    with pytest.raises(BenchError, match="has no add.f32 .*3 operands, not 2"):
+    with pytest.raises(BenchError, match=r"has no add\.f32 .*3 operands, not 2"):
         run("add.f32 %f1, %f2;")
     with pytest.raises(BenchError, match="no entry other"):
         machine.execute(program("", 0), "other", (1, 1, 1), 1, 0, [], LIMIT)
-    with pytest.raises(BenchError, match="1 parameters, and 2 arguments"):
+    with pytest.raises(BenchError, match=r"1 parameters, and 2 arguments"):
         machine.execute(program("", 1), "k", (1, 1, 1), 1, 0, [("*", ints())] * 2, LIMIT)
 
 

@@ -1,5 +1,7 @@
 """Instructions of a whole warp in the PTX interpreter, against matrices in NumPy."""
 
+from functools import reduce
+
 import execute_programs as programs
 import pytest
 import torch
@@ -32,9 +34,8 @@ def load_words(register, base, row, column, words_a_row):
 def fragment(register, base, place, per_row):
     """One register of a fragment: rows g + r0, words t + c0."""
     row, column = place
-    return (
-        f"add.s32 %r4, %r1, {row}; add.s32 %r5, %r2, {column};"
-        + load_words(register, base, "%r4", "%r5", per_row)
+    return f"add.s32 %r4, %r1, {row}; add.s32 %r5, %r2, {column};" + load_words(
+        register, base, "%r4", "%r5", per_row
     )
 
 
@@ -46,7 +47,10 @@ def accumulator(i):
     )
 
 
-@pytest.mark.parametrize("kind, depth", [("bf16", 16), ("f16", 16), ("bf16", 8), ("f16", 8), ("tf32", 8), ("tf32", 4)])
+@pytest.mark.parametrize(
+    ("kind", "depth"),
+    [("bf16", 16), ("f16", 16), ("bf16", 8), ("f16", 8), ("tf32", 8), ("tf32", 4)],
+)
 def test_mma(kind, depth):
     a, b, c = matrix(16, depth, kind), matrix(depth, 8, kind, 1), matrix(16, 8, "tf32", 2)
     want = a.float() @ b.float() + c
@@ -58,13 +62,17 @@ def test_mma(kind, depth):
     for r in range(b_count):  # b is given by columns
         body.append(fragment(f"%r{20 + r}", "%rd1", (0, 4 * r), per_row))
     for r in range(4):
-        body.append(accumulator(r) + f"mad.wide.s32 %rd30, %r3, 4, %rd2; ld.global.b32 %f{r}, [%rd30];")
+        body.append(
+            accumulator(r) + f"mad.wide.s32 %rd30, %r3, 4, %rd2; ld.global.b32 %f{r}, [%rd30];"
+        )
     body.append(
         f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32 {listed('%f', 4, 4)},"
         f"{listed('%r', 10, a_count)}, {listed('%r', 20, b_count)}, {listed('%f', 0, 4)};"
     )
     for r in range(4):
-        body.append(accumulator(r) + f"mad.wide.s32 %rd30, %r3, 4, %rd2; st.global.b32 [%rd30], %f{4 + r};")
+        body.append(
+            accumulator(r) + f"mad.wide.s32 %rd30, %r3, 4, %rd2; st.global.b32 [%rd30], %f{4 + r};"
+        )
     programs.clean("\n".join(body), words(a), words(b.T), c)
     assert torch.equal(c, want)
 
@@ -77,13 +85,17 @@ def test_ldmatrix(count, transposed):
     trans = ".trans" if transposed else ""
     body = (
         # thread i stores row i, 16 bytes; addresses of lanes past 8 count are not used
-        f"and.b32 %r1, %r0, {8 * count - 1}; shl.b32 %r2, %r1, 4; mad.wide.u32 %rd10, %r1, 16, %rd0;"
+        f"and.b32 %r1, %r0, {8 * count - 1}; shl.b32 %r2, %r1, 4;"
+        "mad.wide.u32 %rd10, %r1, 16, %rd0;"
         "setp.lt.u32 %p1, %r0, " + str(8 * count) + ";"
         "ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%rd10];"
-        "@%p1 st.shared.v4.b32 [%r2], {%r4, %r5, %r6, %r7};" + SYNC
+        "@%p1 st.shared.v4.b32 [%r2], {%r4, %r5, %r6, %r7};"
+        + SYNC
         + f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {listed('%r', 10, count)}, [%r2];"
         "mad.wide.u32 %rd11, %r0, 4, %rd1;"
-        + each(count, "").join(f"st.global.b32 [%rd11+{128 * i}], %r{10 + i};" for i in range(count))
+        + each(count, "").join(
+            f"st.global.b32 [%rd11+{128 * i}], %r{10 + i};" for i in range(count)
+        )
     )
     programs.clean(body, x, out, shared=512)
     for j in range(count):
@@ -100,10 +112,12 @@ def test_stmatrix(count, transposed):
     trans = ".trans" if transposed else ""
     loads = "".join(f"ld.global.b32 %r{10 + i}, [%rd11+{128 * i}];" for i in range(count))
     body = (
-        "mad.wide.u32 %rd11, %r0, 4, %rd0;" + loads
+        "mad.wide.u32 %rd11, %r0, 4, %rd0;"
+        + loads
         + f"and.b32 %r1, %r0, {8 * count - 1}; shl.b32 %r2, %r1, 4;"
         f"stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r2], {listed('%r', 10, count)};"
-        + SYNC + "ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r2];"
+        + SYNC
+        + "ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r2];"
         f"setp.lt.u32 %p1, %r0, {8 * count}; mad.wide.u32 %rd12, %r1, 16, %rd1;"
         "@%p1 st.global.v4.b32 [%rd12], {%r4, %r5, %r6, %r7};"
     )
@@ -154,7 +168,11 @@ def wgmma_body(size, mode, kind, n, offsets, transposed, in_registers, scale=1, 
     accumulators = listed("%f", 0, n // 2)
     flags = ""
     if kind != "tf32":
-        flags = f", {int(transposed[1])}" if in_registers else "".join(f", {int(t)}" for t in transposed)
+        flags = (
+            f", {int(transposed[1])}"
+            if in_registers
+            else "".join(f", {int(t)}" for t in transposed)
+        )
     first = "%rd10" if a else listed("%r", 20, 4)
     body = f"""
 shl.b32 %r1, %r0, 2; add.s64 %rd20, %rd0, 0; mov.u32 %r2, %r1;
@@ -169,7 +187,8 @@ $copied: fence.proxy.async.shared::cta; {SYNC}
     body += f"mov.b32 %r9, {scale}; setp.ne.b32 %p2, %r9, 0;" + extra
     body += f"""
 wgmma.fence.sync.aligned;
-wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {accumulators}, {first}, %rd11, %p2, 1, 1{flags};
+wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind} {accumulators},
+{first}, %rd11, %p2, 1, 1{flags};
 wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
 shr.u32 %r4, %r0, 5; and.b32 %r5, %r0, 31; shr.u32 %r6, %r5, 2; and.b32 %r7, %r5, 3;
 mad.lo.s32 %r6, %r4, 16, %r6; mul.lo.s32 %r6, %r6, {n}; mad.lo.s32 %r6, %r7, 2, %r6;
@@ -193,7 +212,7 @@ def tiles(kind, n, mode, transposed, in_registers=False):
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2, 3], ids=["plain", "128", "64", "32"])
-@pytest.mark.parametrize("kind, transposed", [
+@pytest.mark.parametrize(("kind", "transposed"), [
     ("bf16", (0, 0)), ("bf16", (1, 0)), ("bf16", (0, 1)), ("f16", (1, 1)), ("tf32", (0, 0)),
 ])  # fmt: skip
 def test_wgmma_reads_both_operands_through_descriptors(kind, transposed, mode):
@@ -209,7 +228,8 @@ def test_wgmma_reads_both_operands_through_descriptors(kind, transposed, mode):
 def test_wgmma_takes_a_from_registers(kind):
     a, b, data, (_, at_b) = tiles(kind, 32, 1, (0, 0))
     per_row = a.shape[1] * a.element_size() // 4
-    extra = "shr.u32 %r4, %r0, 5; and.b32 %r5, %r0, 31; shr.u32 %r6, %r5, 2; and.b32 %r7, %r5, 3; mad.lo.s32 %r6, %r4, 16, %r6;"
+    extra = """shr.u32 %r4, %r0, 5; and.b32 %r5, %r0, 31; shr.u32 %r6, %r5, 2;
+and.b32 %r7, %r5, 3; mad.lo.s32 %r6, %r4, 16, %r6;"""
     for r in range(4):
         extra += f"add.s32 %r10, %r6, {8 * (r & 1)}; add.s32 %r11, %r7, {4 * (r >> 1)};"
         extra += load_words(f"%r{20 + r}", "%rd2", "%r10", "%r11", per_row)
@@ -233,7 +253,8 @@ def test_wgmma_forgets_its_accumulators_where_scale_d_is_0():
 def test_cp_async_fills_with_zeros_and_lands_by_groups():
     x, out = torch.arange(64, dtype=torch.int32), torch.full((128,), -1, dtype=torch.int32)
     body = f"""
-shl.b32 %r1, %r0, 4; cvt.u64.u32 %rd10, %r1; and.b32 %r2, %r0, 15; mad.wide.u32 %rd11, %r2, 16, %rd0;
+shl.b32 %r1, %r0, 4; cvt.u64.u32 %rd10, %r1; and.b32 %r2, %r0, 15;
+mad.wide.u32 %rd11, %r2, 16, %rd0;
 setp.lt.u32 %p1, %r0, 16; selp.b32 %r3, 16, 4, %p1;
 cp.async.cg.shared.global [%r1], [%rd11], 16, %r3; cp.async.commit_group;
 cp.async.ca.shared.global [%r1+512], [%rd11], 16; cp.async.commit_group;
@@ -246,8 +267,9 @@ cp.async.wait_group 0; {SYNC}"""
     assert torch.equal(out.view(32, 4), want)
 
 
-@pytest.mark.parametrize("mode, amount, clamp", [
-    ("bfly", 1, 31), ("bfly", 16, 31), ("bfly", 3, 0x181F), ("idx", 5, 31), ("up", 3, 0), ("down", 9, 31),
+@pytest.mark.parametrize(("mode", "amount", "clamp"), [
+    ("bfly", 1, 31), ("bfly", 16, 31), ("bfly", 3, 0x181F), ("idx", 5, 31), ("up", 3, 0),
+    ("down", 9, 31),
 ])  # fmt: skip
 def test_shuffle(mode, amount, clamp):
     out, inside = torch.zeros(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
@@ -265,7 +287,10 @@ mad.wide.u32 %rd11, %r0, 4, %rd1; st.global.b32 [%rd11], %r3;"""
     assert out.tolist() == [7 * (move(i) if fit else i) for i, fit in zip(lanes, fits, strict=True)]
 
 
-@pytest.mark.parametrize("name, kind", [("min", "s32"), ("max", "s32"), ("max", "u32"), ("add", "u32"), ("xor", "b32")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("min", "s32"), ("max", "s32"), ("max", "u32"), ("add", "u32"), ("xor", "b32")],
+)
 def test_redux(name, kind):
     x = torch.randint(-(2**31), 2**31, (32,), generator=torch.Generator().manual_seed(0)).int()
     out = torch.zeros(32, dtype=torch.int32)
@@ -274,14 +299,16 @@ redux.sync.{name}.{kind} %r2, %r1, 0xffffffff;
 mad.wide.u32 %rd11, %r0, 4, %rd1; st.global.b32 [%rd11], %r2;"""
     programs.clean(body, x, out)
     values = [v % 2**32 if kind != "s32" else v for v in x.tolist()]
-    want = {"min": min, "max": max, "add": sum}.get(name, lambda v: __import__("functools").reduce(int.__xor__, v))(values)
+    fold = {"min": min, "max": max, "add": int.__add__, "xor": int.__xor__}[name]
+    want = reduce(fold, values)
     assert {v % 2**32 for v in out.tolist()} == {want % 2**32}
 
 
 def test_registers_are_packed_and_unpacked():
     x, out = torch.arange(32, dtype=torch.int64) * 0x123456789AB, torch.zeros(32, dtype=torch.int64)
     body = """mad.wide.u32 %rd10, %r0, 8, %rd0; ld.global.b64 %rd12, [%rd10];
-mov.b64 {%r1, %r2}, %rd12; mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r3, {%rs2, %rs1}; mov.b64 %rd13, {%r2, %r3};
+mov.b64 {%r1, %r2}, %rd12; mov.b32 {%rs1, %rs2}, %r1; mov.b32 %r3, {%rs2, %rs1};
+mov.b64 %rd13, {%r2, %r3};
 mad.wide.u32 %rd11, %r0, 8, %rd1; st.global.b64 [%rd11], %rd13;"""
     programs.clean(body, x, out)
     halves = x.view(torch.int16).view(32, 4)[:, [2, 3, 1, 0]].contiguous()
@@ -303,7 +330,8 @@ mad.wide.u32 %rd10, %r0, 4, %rd0; st.global.b32 [%rd10], %r1;"""
 
 def test_a_grid_numbers_its_programs():
     out = torch.zeros(2, 3, 4, dtype=torch.int32)
-    body = """mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z; mov.u32 %r4, %nctaid.x;
+    body = """mov.u32 %r1, %ctaid.x; mov.u32 %r2, %ctaid.y; mov.u32 %r3, %ctaid.z;
+mov.u32 %r4, %nctaid.x;
 mov.u32 %r5, %nctaid.y; mad.lo.s32 %r6, %r3, %r5, %r2; mad.lo.s32 %r6, %r6, %r4, %r1;
 setp.eq.b32 %p1, %r0, 0; mad.wide.s32 %rd10, %r6, 4, %rd0; @%p1 st.global.b32 [%rd10], %r6;"""
     programs.clean(body, out, grid=(4, 3, 2))

@@ -23,7 +23,9 @@ AMOUNT = ("shl", "shr", "shf", "bfe", "bfi")  # their last operands are places a
 def sample(kind, name, at):
     """32 values of an operand, edges among them; other operands have them in another order."""
     if kind.startswith("f"):
-        values = np.array([*FLOAT, *RANDOM.normal(size=32 - len(FLOAT)) * 3], dtype=kind.replace("f", "float"))
+        values = np.array(
+            [*FLOAT, *RANDOM.normal(size=32 - len(FLOAT)) * 3], dtype=kind.replace("f", "float")
+        )
     else:
         info = np.iinfo(NUMPY[kind])
         edges = [0, 1, 2, 3, 7, info.max, info.min, info.max - 1, info.min + 1]
@@ -113,7 +115,9 @@ def real(name, parts, x):
             pick = np.minimum if base == "min" else np.maximum
         result = pick(a, b)
         zeros = (a == 0) & (b == 0)  # −0 is less than +0
-        negative = (np.signbit(a) | np.signbit(b)) if base == "min" else (np.signbit(a) & np.signbit(b))
+        negative = (
+            (np.signbit(a) | np.signbit(b)) if base == "min" else (np.signbit(a) & np.signbit(b))
+        )
         return np.where(zeros, np.where(negative, -0.0, 0.0), result).astype(a.dtype)
     table = {
         "add": lambda: a + b, "sub": lambda: a - b, "mul": lambda: a * b, "div": lambda: a / b,
@@ -214,7 +218,10 @@ def converted(parts, result, source, x):
     if parts[-2] in ("f16", "f16x2"):
         halves = [value.astype(np.float16).view(np.uint16) for value in x]
     elif parts[-2] in ("bf16", "bf16x2"):
-        halves = [torch.from_numpy(value).bfloat16().view(torch.int16).numpy().view(np.uint16) for value in x]
+        halves = [
+            torch.from_numpy(value).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            for value in x
+        ]
     elif parts[-2] == "tf32":
         bits = a.view(np.uint32)
         return np.where(np.isfinite(a), (bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000), bits)
@@ -228,9 +235,13 @@ def converted(parts, result, source, x):
             if np.isnan(value):
                 out.append(top)
             else:
-                out.append(info.max if value >= info.max else info.min if value <= info.min else int(value))
+                out.append(
+                    info.max if value >= info.max else info.min if value <= info.min else int(value)
+                )
         return cut(out, result)
-    return halves[0] if len(halves) == 1 else halves[0].astype(np.uint32) << np.uint32(16) | halves[1]
+    return (
+        halves[0] if len(halves) == 1 else halves[0].astype(np.uint32) << np.uint32(16) | halves[1]
+    )
 
 
 def cut(values, kind):
@@ -265,7 +276,14 @@ def same(got, want):
 def test_an_operation_is_what_numpy_says(name):
     operands = [sample(kind, name, at) for at, kind in enumerate(OPERATIONS[name].types[1:], 1)]
     got, want = executed(name, operands), truth(name, operands)
-    if name.split(".")[0] in ("rsqrt", "ex2", "lg2", "sin", "cos", "tanh"):  # C's are near, not exact
+    if name.split(".")[0] in (
+        "rsqrt",
+        "ex2",
+        "lg2",
+        "sin",
+        "cos",
+        "tanh",
+    ):  # C's are near, not exact
         finite = np.isfinite(want)
         np.testing.assert_allclose(got[finite], want[finite], rtol=3e-7, atol=1e-38)
         got, want = got[~finite], want[~finite]
@@ -276,4 +294,6 @@ def test_an_operation_is_what_numpy_says(name):
     if name == "cvt.rna.tf32.f32":
         got, want = got[np.isfinite(operands[0])], want[np.isfinite(operands[0])]
     agrees = same(got, want)
-    assert agrees.all(), [(*(x[i] for x in operands), got[i], want[i]) for i in np.flatnonzero(~agrees)][:4]
+    assert agrees.all(), [
+        (*(x[i] for x in operands), got[i], want[i]) for i in np.flatnonzero(~agrees)
+    ][:4]

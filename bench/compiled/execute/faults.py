@@ -1,7 +1,8 @@
 """Faults seeded in compiled PTX, one at a time: does executing it notice?
 
-A fault is noticed if the execution reports a violation, or gives another result. What survives is
-either a hole in the checks or equivalent: see `EQUIVALENT`.
+A fault is noticed if the execution reports a violation, or gives another result, on the launch as
+it is or with a row of NaN in each input. What survives is either a hole in the checks or
+equivalent: see `EQUIVALENT`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def _one_later(match: re.Match[str]) -> str:
 
 
 FAULTS: dict[str, tuple[str, Change]] = {
-    "barrier removed": (r"^\s*bar\.sync[^\n;]*;", _without),
+    "barrier removed": (r"^[ \t]*bar\.sync[^\n;]*;", _without),
     "load's mask removed": (r"@%p\d+ (ld\.global)", lambda match: match.group(1)),
     "store's mask removed": (r"@%p\d+ (st\.global)", lambda match: match.group(1)),
     "cp.async's mask removed": (
@@ -53,10 +54,29 @@ FAULTS: dict[str, tuple[str, Change]] = {
     ),
 }
 
+# What survives where every survivor was looked at: it changes nothing on that launch.
+EQUIVALENT = {
+    "barrier removed": "another barrier stands between the same accesses, or nothing was shared "
+    "before it",
+    "load's mask removed": "it reads entries of the tensor that meet zeros in the other operand; "
+    "on rows that do not touch it is reported",
+    "store's mask removed": "the masked threads hold the same value, and write it again",
+    "cp.async's mask removed": "it copies entries of the tensor that are never used, or meet "
+    "zeros in the other operand",
+    "cp.async waits for a group less": "the last wait: nothing reads what lands, or nothing was "
+    "copied",
+    "wgmma waits for a group less": "a later wait stands before the first use",
+    "wgmma.fence removed": "an earlier fence stands after the last use of the registers",
+    "fence.proxy.async removed": "another fence lies on the path, or no wgmma reads what was "
+    "stored",
+    "shared store 16 bytes on": "the same zeros of the padding stand there already",
+    "shuffle from twice the distance": "all lanes hold the same, such as the low half of 0.0",
+}
+
 
 @dataclass(frozen=True)
 class Launch:
-    """What `machine.execute` is given; tensors as they are before it."""
+    """A launch as `machine.execute` is given it; its tensors as they are before it."""
 
     ptx: str
     kernel: str
@@ -84,13 +104,21 @@ class Row:
     survived: list[tuple[str, Fault]] = field(default_factory=list)  # kernel, fault
 
 
-def seeded(ptx: str, most: int, seed: int = 0) -> Iterator[Fault]:
-    """At most so many faults of each kind, at places drawn by the seed."""
+def seeded(ptx: str, right: Execution, most: int, seed: int = 0) -> Iterator[Fault]:
+    """At most so many faults of each kind, at places drawn by the seed.
+
+    Only where the execution came along, and masks only where some lane was masked: elsewhere the
+    launch is the same with the fault.
+    """
     draw = random.Random(seed)
     for kind, (pattern, change) in FAULTS.items():
-        found = list(re.finditer(pattern, ptx, re.M))
-        for match in draw.sample(found, min(most, len(found))):
-            line = ptx.count("\n", 0, match.start()) + 1
+        lines = right.masked if "mask" in kind else right.reached
+        found = []
+        for match in re.finditer(pattern, ptx, re.M):
+            line = ptx.count("\n", 0, match.end()) + 1
+            if line in lines:
+                found.append((match, line))
+        for match, line in draw.sample(found, min(most, len(found))):
             yield Fault(kind, line, ptx[: match.start()] + change(match) + ptx[match.end() :])
 
 
@@ -113,19 +141,65 @@ def execution_of(launch: Launch, ptx: str) -> tuple[Execution, list[torch.Tensor
     return done, after
 
 
+def with_nan_rows(launch: Launch) -> Launch:
+    """The launch with a row of NaN in each of the matrices that it reads and does not change.
+
+    What a mask keeps out is then not harmless: 0 · NaN is no 0.
+    """
+    arguments = []
+    _, results = execution_of(launch, launch.ptx)
+    changed = {
+        old.untyped_storage().data_ptr()
+        for old, new in zip(storages_of(launch), results, strict=True)
+        if not torch.equal(old, new)
+    }
+    copies: dict[int, torch.UntypedStorage] = {}
+    for kind, value in launch.arguments:
+        if isinstance(value, torch.Tensor):
+            own = value.untyped_storage()
+            copy = copies.setdefault(own.data_ptr(), own.clone())
+            place = value.storage_offset(), value.size(), value.stride()
+            is_changed = own.data_ptr() in changed
+            value = torch.empty(0, dtype=value.dtype).set_(copy, *place)
+            if not is_changed and value.is_floating_point() and value.dim() == 2:
+                value[len(value) // 2] = torch.nan
+        arguments.append((kind, value))
+    return replace(launch, arguments=arguments)
+
+
+def storages_of(launch: Launch) -> list[torch.Tensor]:
+    """What its tensors stand in, as bytes, each once."""
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage()
+        for _, value in launch.arguments
+        if isinstance(value, torch.Tensor)
+    }
+    return [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
+
+
+def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Bit by bit: they are bytes."""
+    return all(map(torch.equal, some, others))
+
+
 def examine(launches: Iterable[Launch], most: int, seed: int = 0) -> dict[str, Row]:
     """Seeds at most so many faults of each kind in every launch: kind → what became of them."""
     rows = {kind: Row() for kind in FAULTS}
     for launch in launches:
         right, results = execution_of(launch, launch.ptx)
         known = {violation.kind for violation in right.violations}
-        for fault in seeded(launch.ptx, most, seed):
+        hostile = with_nan_rows(launch)
+        hostile_right, hostile_results = execution_of(hostile, launch.ptx)
+        known |= {violation.kind for violation in hostile_right.violations}
+        for fault in seeded(launch.ptx, right, most, seed):
             row = rows[fault.kind]
             row.seeded += 1
             done, others = execution_of(launch, fault.ptx)
             if {violation.kind for violation in done.violations} - known:
                 row.reported += 1
-            elif not all(map(torch.equal, results, others)):
+            elif not (
+                same(results, others) and same(hostile_results, execution_of(hostile, fault.ptx)[1])
+            ):
                 row.other_result += 1
             else:
                 row.survived.append((launch.kernel, fault))
@@ -139,9 +213,9 @@ def table(rows: dict[str, Row]) -> str:
         for kind, row in rows.items()
         if row.seeded
     ]
-    survivors = [
-        f"survived: {kind}, {kernel}, line {fault.line}"
-        for kind, row in rows.items()
-        for kernel, fault in row.survived
-    ]
+    survivors = []
+    for kind, row in rows.items():
+        survivors += [f"survived: {kind}: {name}, line {x.line}" for name, x in row.survived]
+        if row.survived and kind in EQUIVALENT:
+            survivors.append(f"  is equivalent where {EQUIVALENT[kind]}")
     return "\n".join([head, *lines, *survivors])

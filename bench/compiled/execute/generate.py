@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .opcodes import C_TYPE, OPERATIONS, Operation, width
-from .program import HAND_WRITTEN
+from .opcodes import C_TYPE, HAND_WRITTEN, OPERATIONS, Operation, width
 
 
 def operations() -> str:
@@ -35,7 +34,8 @@ def one(number: int, name: str, operation: Operation) -> str:
             value = f"bits_{result}{expression}"
         start, each = f"uint{bits}_t value[32];", f"value[l] = {value};"
         end = f"put{bits}(W, I, 0, value, m);"
-    return f"""static void operation_{number}(Warp *W, const Instruction *I, uint32_t m) {{   // {name}
+    return f"""// {name}
+static void operation_{number}(Warp *W, const Instruction *I, uint32_t m) {{
   {start}
   uint32_t set = {known};
   {" ".join(read)}

@@ -9,16 +9,21 @@ static void nothing(Warp *W, const Instruction *I, uint32_t m) { }
 static void trap(Warp *W, const Instruction *I, uint32_t m) { report(TRAPPED, m); }
 #include "operations.h"   // generated: one function an operation, and their table
 enum { BRANCH, BARRIER, RETURN, FIRST_OF_TABLE };
-enum { UNCHECKED = -2 };   // as a target: wgmma, whose accumulators another one under way may have
+enum { ON_WGMMA_REGISTERS = -3 };   // as a target: not wgmma itself, and has a register of one
+enum { SPECIAL = 16 };   // as a width: a value that depends on the lane, the warp or the program
 enum { AT_BARRIER = 1, AT_END = 2 };
 
 typedef struct {
   const Instruction *code;
-  int64_t n, most, executed, left;   // instructions: of the code, allowed a program, so far
+  int64_t n, most, executed, left;   // instructions: of the code, allowed a program, so far, yet
+  uint8_t *reached;                  // an instruction: REACHED, MASKED
 } Run;
 
-static void check_busy(Warp *W, const Instruction *I) {
-  for (int k = 0; k < I->count; k++) if (W->busy[SLOT(k)]) report(WGMMA_REGISTER, k);
+static void use_wgmma_registers(Warp *W, const Instruction *I) {
+  for (int k = 0; k < I->count; k++) {
+    if (W->busy[SLOT(k)]) report(WGMMA_REGISTER, k);
+    W->traces[SLOT(k)].fences = W->wgmma_fences;
+  }
 }
 
 // Lanes that stand at the least place go on together ("Independent thread scheduling" allows any
@@ -46,12 +51,14 @@ static int advance(Warp *W, Run *run, int *barrier) {
       line_now = I->line;
       if (I->guard >= 0) {
         uint32_t bits = W->values[32 * (size_t)I->guard];
-        if (active & ~W->traces[I->guard].set) report(UNSET_CONDITION, active & ~W->traces[I->guard].set);
+        uint32_t unset = active & ~W->traces[I->guard].set;
+        if (unset) report(UNSET_CONDITION, unset);
         m &= I->negate ? ~bits : bits;
       }
+      run->reached[pc] |= m == active ? REACHED : REACHED | MASKED;
       if (I->op >= FIRST_OF_TABLE) {
         if (m) {
-          if (W->n_products && I->target != UNCHECKED) check_busy(W, I);
+          if (I->target == ON_WGMMA_REGISTERS) use_wgmma_registers(W, I);
           operations[I->op - FIRST_OF_TABLE](W, I, m);
         }
         pc++;
@@ -68,7 +75,8 @@ static int advance(Warp *W, Run *run, int *barrier) {
           pc++;
           continue;
         }
-        for (int l = 0; l < 32; l++) if (active >> l & 1) W->pc[l] = m >> l & 1 ? I->target : pc + 1;
+        for (int l = 0; l < 32; l++)
+          if (active >> l & 1) W->pc[l] = m >> l & 1 ? I->target : pc + 1;
         break;
       }
       for (int l = 0; l < 32; l++) if (active >> l & 1) W->pc[l] = pc + 1;
@@ -83,14 +91,18 @@ static int advance(Warp *W, Run *run, int *barrier) {
   }
 }
 
-static void start_warp(Warp *W, int slots, const int64_t *initial, int n_initial, const int *place) {
+// initial: [n, 3]: slot, width, value; the value of a special register is its number.
+static void start_warp(Warp *W, int slots, const int64_t *initial, int n_initial,
+                       const int *place) {
   memset(W->traces, 0, slots * sizeof *W->traces);
   memset(W->busy, 0, slots);
   for (int i = 0; i < n_initial; i++) {
     int64_t slot = initial[3 * i], width = initial[3 * i + 1], value = initial[3 * i + 2];
     uint32_t *words = W->values + 32 * slot;
     for (int l = 0; l < 32; l++) {
-      int64_t x = width >= 16 ? (int[]){32 * W->id + l, 0, 0, place[0], place[1], place[2], place[3], place[4], place[5], place[6], l, W->id}[value] : value;
+      int special[12] = {32 * W->id + l, 0, 0, place[0], place[1], place[2], place[3], place[4],
+                         place[5], place[6], l, W->id};   // the order of SPECIAL in program.py
+      int64_t x = width == SPECIAL ? special[value] : value;
       if (width == 8) memcpy(words + 2 * l, &x, 8);
       else if (width == 0) words[0] = x ? ~0u : 0;
       else words[l] = (uint32_t)x;
@@ -119,7 +131,8 @@ static void run_program(Run *run, Warp *warps, int n) {
       at = barrier;
       stopped++;
     }
-    if (stopped) for (int k = 0; k < n; k++) if (warps[k].finished) report(BARRIER_DIVERGED, k);
+    for (int k = 0; k < n; k++)
+      if (stopped && warps[k].finished) report(BARRIER_DIVERGED, k);
     next_epoch();
     for (int k = 0; k < n; k++) {
       warps[k].fence_before = warps[k].fence;
@@ -130,12 +143,16 @@ static void run_program(Run *run, Warp *warps, int n) {
 }
 
 int run_launch(
-    const Instruction *code, int64_t n_code, const int32_t *pool, int slots, int shared_grain, int products,
-    const int64_t *initial, int n_initial, const int32_t *grid, int threads, int shared_bytes,
-    Range *tensors, int n_tensors, int64_t most, int64_t *found, int64_t *executed) {
+    const Instruction *code, int64_t n_code, const int32_t *pool, int slots, int shared_grain,
+    int products, const int64_t *initial, int n_initial, const int32_t *grid, int threads,
+    int shared_bytes,
+    Range *tensors, int n_tensors, int64_t most, int64_t *found, int64_t *executed,
+    uint8_t *reached) {
   int n = threads / 32;
   uint32_t grains = ((uint32_t)shared_bytes + 15) >> shared_grain;
-  Run run = {code, n_code, most, 0, 0};
+  Run run = {code, n_code, most, 0, 0, reached};
+  first_instruction = code;
+  reached_flags = reached;
   Warp *warps = calloc(n, sizeof *warps);
   all_warps = warps;
   operands = pool;
@@ -172,7 +189,8 @@ int run_launch(
     memset(W->values, 0xff, (size_t)slots * 128);
   }
   program = 0;
-  for (int z = 0; z < grid[2]; z++) for (int y = 0; y < grid[1]; y++) for (int x = 0; x < grid[0]; x++) {
+  for (int i = 0; i < grid[0] * grid[1] * grid[2]; i++) {
+    int x = i % grid[0], y = i / grid[0] % grid[1], z = i / grid[0] / grid[1];
     int place[7] = {x, y, z, grid[0], grid[1], grid[2], threads};
     program++;
     next_epoch();

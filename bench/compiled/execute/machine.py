@@ -47,7 +47,7 @@ KINDS = (  # warp.h: enum Kind
     "shared memory stored, and read by wgmma, with no fence.proxy.async between",
     "shared memory overwritten while wgmma reads it",
     "register of a wgmma under way",
-    "register written after the last wgmma.fence before wgmma",
+    "register used after the last wgmma.fence before wgmma",
     "address that depends on what was never written",
     "condition that depends on what was never written",
     "stored value that depends on what was never written",
@@ -81,6 +81,8 @@ class Execution:
     instructions: int  # of warps
     seconds: float
     violations: list[Violation] = field(default_factory=list)
+    reached: frozenset[int] = frozenset()  # lines of the PTX that were executed
+    masked: frozenset[int] = frozenset()  # and of those, some lanes did not take part
 
 
 class _Range(ctypes.Structure):
@@ -124,23 +126,29 @@ def execute(
     ]
     flat = [x - (1 << 64) if x >= 1 << 63 else x for row in initial for x in row]
     bounds = _ranges(tensors)
-    ranges = (_Range * max(len(bounds), 1))(*bounds)
+    ranges = (_Range * max(len(bounds), 1))(*(_Range(*bound) for bound in bounds))
     found, executed = (ctypes.c_int64 * (3 * LIMIT))(), ctypes.c_int64()
     run = _library().run_launch
+    flags = (ctypes.c_uint8 * program.count)()
     start = time.perf_counter()
     with _lock:
         count = run(
             bytes(program.code), ctypes.c_int64(program.count), program.operands.tobytes(),
-            program.slots, program.grain, int(program.products), (ctypes.c_int64 * max(len(flat), 1))(*flat),
+            program.slots, program.grain, int(program.products),
+            (ctypes.c_int64 * max(len(flat), 1))(*flat),
             len(initial), (ctypes.c_int32 * 3)(*grid), 32 * warps, shared, ranges, len(bounds),
-            ctypes.c_int64(most), found, ctypes.byref(executed),
+            ctypes.c_int64(most), found, ctypes.byref(executed), flags,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     violations = [
         Violation(KINDS[found[3 * k]], kernel, found[3 * k + 1], found[3 * k + 2])
         for k in range(count)
     ]
-    return Execution(kernel, grid, 32 * warps, executed.value, seconds, violations)
+    reached, masked = (
+        frozenset(line for line, flag in zip(program.lines, flags, strict=True) if flag & bit)
+        for bit in (1, 2)
+    )
+    return Execution(kernel, grid, 32 * warps, executed.value, seconds, violations, reached, masked)
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,8 @@ static void whole_warp(Warp *W, uint32_t m) {   // .aligned: every lane, and all
 
 // "ldmatrix", "stmatrix": 8 × 8 matrices of 16 bits; lanes 8 j to 8 j + 7 hold the addresses of the
 // rows of matrix j. width: transposed.
-static void load_matrix(Warp *W, const Instruction *I, uint32_t m) {   // registers, address
+// registers, address
+static void load_matrix(Warp *W, const Instruction *I, uint32_t m) {
   uint16_t rows[4][8][8];
   uint8_t set[4][8];
   int n = I->vector;
@@ -58,14 +59,17 @@ static void store_matrix(Warp *W, const Instruction *I, uint32_t m) {   // regis
     }
     for (int r = 0; r < 8; r++) {
       uint32_t at = V32(n)[8 * j + r] + (uint32_t)I->offset;
-      if (in_shared(at, 16)) write_shared(at, 16, thread_of(W->id, 8 * j + r), (uint8_t *)rows[r], set[r]);
+      uint32_t who = thread_of(W->id, 8 * j + r);
+      if (in_shared(at, 16)) write_shared(at, 16, who, (uint8_t *)rows[r], set[r]);
     }
   }
 }
 
-// D = A B + C, from fragments to fragments; set says which rows of A, columns of B and entries of C
-// are.
-typedef struct { float A[16][16], B[16][8], C[16][8]; uint8_t unset_a[16], unset_b[8], unset_c[16][8]; } Fragments;
+// D = A B + C, from fragments to fragments. Rows of A, columns of B and entries of C may be unset.
+typedef struct {
+  float A[16][16], B[16][8], C[16][8];
+  uint8_t unset_a[16], unset_b[8], unset_c[16][8];
+} Fragments;
 
 static void multiply(Warp *W, const Instruction *I, Fragments *x, int depth) {
   for (int i = 0; i < 16; i++)
@@ -143,10 +147,15 @@ static uint32_t chunk_address(uint64_t descriptor, int mn, int k, int item, int 
   int mode = descriptor >> 62;   // 0: no swizzle, 1: 128 bytes, 2: 64, 3: 32
   int pitch = mode == 0 ? 16 : 256 >> mode, items = pitch / item;
   uint32_t at;
-  if (mode == 0 && !transposed) at = start + mn / 8 * stride + k * item / 16 * leading + mn % 8 * 16;
-  else if (mode == 0) at = start + mn / items * stride + k / 8 * leading + k % 8 * 16;
-  else if (!transposed) at = start + mn / 8 * stride + mn % 8 * pitch + k * item;
-  else at = start + mn / items * leading + k / 8 * stride + k % 8 * pitch + mn % items * item;
+  if (mode == 0) {
+    int down = transposed ? k : mn, across = transposed ? mn * item / 16 : k * item / 16;
+    at = start + down % 8 * 16;
+    at += transposed ? across * stride + down / 8 * leading : down / 8 * stride + across * leading;
+  } else if (transposed) {
+    at = start + mn / items * leading + k / 8 * stride + k % 8 * pitch + mn % items * item;
+  } else {
+    at = start + mn / 8 * stride + mn % 8 * pitch + k * item;
+  }
   // Swizzling: address bits 4 to 6 are exclusively or-ed with bits 7 to 9, as many as the mode has.
   uint32_t swizzled = mode == 0 ? 0 : mode == 1 ? 7 : mode == 2 ? 3 : 1;
   return at ^ (at >> 7 & swizzled) << 4;
@@ -178,9 +187,26 @@ static inline float item_of(const uint8_t *chunk, int i, int kind) {
   memcpy(&half, chunk + 2 * i, 2);
   return half_of(half, 0, kind);
 }
+// `count` rows of A or columns of B, from `first` on; entry (mn, k) goes to
+// to[k * k_step + mn * mn_step].
+static void read_operand(Warp *W, Product *x, uint64_t descriptor, int first, int count,
+                         int transposed, float *to, int k_step, int mn_step, uint8_t *unset) {
+  int kind = x->I->vector, item = kind == TF32 ? 4 : 2, depth = 32 / item, per = 16 / item;
+  int mn_per = transposed ? per : 1, k_per = transposed ? 1 : per;   // entries of a chunk
+  uint8_t chunk[16];
+  for (int mn = 0; mn < count; mn += mn_per) for (int k = 0; k < depth; k += k_per) {
+    uint32_t at = chunk_address(descriptor, first + mn, k, item, transposed);
+    int set = read_chunk(W, x, at, chunk);
+    for (int e = 0; e < per; e++) {
+      int row = mn + (transposed ? e : 0), column = k + (transposed ? 0 : e);
+      to[column * k_step + row * mn_step] = item_of(chunk, e, kind);
+      unset[row] |= !set;
+    }
+  }
+}
 static void wgmma_issue(Warp *W, const Instruction *I, uint32_t m) {
-  int kind = I->vector, item = kind == TF32 ? 4 : 2, depth = 32 / item, per = 16 / item;
   int in_registers = I->width & A_IN_REGISTERS, na = in_registers ? 4 : 1, n = I->size;
+  int kind = I->vector;
   whole_warp(W, m);
   if (W->n_products == MOST_PRODUCTS) {
     report(WGMMA_REGISTER, MOST_PRODUCTS);
@@ -197,43 +223,30 @@ static void wgmma_issue(Warp *W, const Instruction *I, uint32_t m) {
   if (SET(na + 1) != 0xffffffffu) report(UNSET_CONDITION, na + 1);
   if (!in_registers && SET(0) != 0xffffffffu) report(UNSET_ADDRESS, 0);
   if (SET(na) != 0xffffffffu) report(UNSET_ADDRESS, na);
-  // "wgmma.fence": before the first one, and after other instructions wrote d or a.
+  // "wgmma.fence": before the first one, and after other instructions used d or a.
   for (int k = 0; k < I->count; k++) {
     int is_register = k > na + 1 || (in_registers && k < 4);
     if (is_register && W->traces[SLOT(k)].fences == W->wgmma_fences) report(WGMMA_FENCE, k);
     if (k > na + 1) W->busy[SLOT(k)]++;
   }
   int first = 16 * (W->id % 4);   // rows of A are a warp's own: 16 of 64
-  uint8_t chunk[16];
   if (in_registers) {
     for (int r = 0; r < 4; r++) for (int l = 0; l < 32; l++) {
       int i = l / 4 + 8 * (r & 1), t = l % 4;
       x->unset_a[i] |= !(SET(r) >> l & 1);
-      if (kind == TF32) x->A[i][t + 4 * (r >> 1)] = from_tf32(V32(r)[l]);
-      else for (int h = 0; h < 2; h++) x->A[i][2 * t + h + 8 * (r >> 1)] = half_of(V32(r)[l], h, kind);
-    }
-  } else if (I->width & A_TRANSPOSED) {
-    for (int k = 0; k < depth; k++) for (int i = 0; i < 16; i += per) {
-      int set = read_chunk(W, x, chunk_address(*V64(0), first + i, k, item, 1), chunk);
-      for (int e = 0; e < per; e++) x->A[i + e][k] = item_of(chunk, e, kind), x->unset_a[i + e] |= !set;
-    }
-  } else {
-    for (int i = 0; i < 16; i++) for (int k = 0; k < depth; k += per) {
-      x->unset_a[i] |= !read_chunk(W, x, chunk_address(*V64(0), first + i, k, item, 0), chunk);
-      for (int e = 0; e < per; e++) x->A[i][k + e] = item_of(chunk, e, kind);
-    }
-  }
-  if (I->width & B_TRANSPOSED) {
-    for (int k = 0; k < depth; k++) for (int j = 0; j < n; j += per) {
-      int set = read_chunk(W, x, chunk_address(*V64(na), j, k, item, 1), chunk);
-      for (int e = 0; e < per; e++) x->B[k][j + e] = item_of(chunk, e, kind), x->unset_b[j + e] |= !set;
+      if (kind == TF32) {
+        x->A[i][t + 4 * (r >> 1)] = from_tf32(V32(r)[l]);
+        continue;
+      }
+      for (int h = 0; h < 2; h++)
+        x->A[i][2 * t + h + 8 * (r >> 1)] = half_of(V32(r)[l], h, kind);
     }
   } else {
-    for (int j = 0; j < n; j++) for (int k = 0; k < depth; k += per) {
-      x->unset_b[j] |= !read_chunk(W, x, chunk_address(*V64(na), j, k, item, 0), chunk);
-      for (int e = 0; e < per; e++) x->B[k + e][j] = item_of(chunk, e, kind);
-    }
+    int transposed = !!(I->width & A_TRANSPOSED);
+    read_operand(W, x, *V64(0), first, 16, transposed, x->A[0], 1, 16, x->unset_a);
   }
+  int transposed = !!(I->width & B_TRANSPOSED);
+  read_operand(W, x, *V64(na), 0, n, transposed, x->B[0], 256, 1, x->unset_b);
 }
 static void finish_product(Warp *W, Product *x) {
   static float C[16][256];
@@ -262,9 +275,16 @@ static void finish_product(Warp *W, Product *x) {
     W->busy[SLOT(d + r)]--;
   }
 }
-static void wgmma_fence(Warp *W, const Instruction *I, uint32_t m) { whole_warp(W, m); W->wgmma_fences++; }
-static void wgmma_commit(Warp *W, const Instruction *I, uint32_t m) { whole_warp(W, m); W->wgmma_commits++; }
-static void wgmma_wait(Warp *W, const Instruction *I, uint32_t m) {   // all groups but the last few
+static void wgmma_fence(Warp *W, const Instruction *I, uint32_t m) {
+  whole_warp(W, m);
+  W->wgmma_fences++;
+}
+static void wgmma_commit(Warp *W, const Instruction *I, uint32_t m) {
+  whole_warp(W, m);
+  W->wgmma_commits++;
+}
+// For all groups but the last few.
+static void wgmma_wait(Warp *W, const Instruction *I, uint32_t m) {
   int kept = 0;
   whole_warp(W, m);
   for (int i = 0; i < W->n_products; i++) {

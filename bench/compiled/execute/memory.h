@@ -7,7 +7,7 @@
 typedef struct { uint32_t program, who; } Access;   // who: epoch << 16 | thread
 typedef struct {
   uint64_t low, high;       // a tensor's bytes
-  int64_t pitch, length;    // of its rows, where they do not touch: bytes between `length` and `pitch` are not its own
+  int64_t pitch, length;    // bytes from row to row and of a row, where rows do not touch, else 0
   int64_t item;
   Access *written, *read;   // an element each, made by run_launch
 } Range;
@@ -34,7 +34,9 @@ enum { WRITTEN = 1, COPYING = 2 };
 enum { MET = 2048, LANES_OF = 4096, MANY = 0xffff };
 static inline uint32_t thread_of(int warp, int lane) { return 32 * warp + lane + 1; }
 static inline int warp_of(uint32_t who) {
-  return who == MANY ? -1 : who >= LANES_OF ? (int)who - LANES_OF : who >= MET ? (int)who - MET : ((int)who - 1) / 32;
+  if (who == MANY) return -1;
+  if (who >= LANES_OF) return (int)who - LANES_OF;
+  return who >= MET ? (int)who - MET : ((int)who - 1) / 32;
 }
 // May `me` go on without a barrier where `other` was? A warp's lanes may that have met.
 static inline int ordered(uint32_t other, uint32_t me) {
@@ -53,35 +55,47 @@ static Range *range_of(uint64_t address, int size) {
   for (int i = 0; i < n_ranges; i++) {
     Range *range = ranges + (last + i) % n_ranges;
     if (address < range->low || address + size > range->high) continue;
-    if (range->pitch && (int64_t)((address - range->low) % range->pitch) + size > range->length) continue;
+    int64_t into = address - range->low;
+    if (range->pitch && into % range->pitch + size > range->length) continue;
     last = (last + i) % n_ranges;
     return range;
   }
   return 0;
 }
+// Did another thread of this program get there since the last barrier?
+static inline int raced(const Access *other, uint32_t thread) {
+  if (other->program != program || other->who >> 16 != epoch) return 0;
+  return !ordered(other->who & 0xffff, thread);
+}
+static inline int by_another(const Access *other) {
+  return other->program && other->program != program;
+}
+static inline int64_t item_at(const Range *range, uint64_t address) {
+  return (int64_t)(address - range->low) / range->item;
+}
 static void trace_read(Range *range, uint64_t address, int size, uint32_t thread) {
   uint32_t me = epoch << 16 | thread;
-  for (int64_t i = (address - range->low) / range->item, n = (address + size - 1 - range->low) / range->item; i <= n; i++) {
+  int64_t last = item_at(range, address + size - 1);
+  for (int64_t i = item_at(range, address); i <= last; i++) {
     Access *w = range->written + i, *r = range->read + i;
-    if (w->program) {
-      if (w->program != program) report(PROGRAMS_RACE, address);
-      else if (w->who >> 16 == epoch && !ordered(w->who & 0xffff, thread)) report(READ_AFTER_WRITE, address);
-    }
+    if (by_another(w)) report(PROGRAMS_RACE, address);
+    if (raced(w, thread)) report(READ_AFTER_WRITE, address);
     if (!r->program) *r = (Access){program, me};
     else if (r->program != program) r->program = ~0u;   // several programs
     else r->who = r->who >> 16 == epoch ? epoch << 16 | joined(r->who & 0xffff, thread) : me;
   }
 }
-static void trace_write(Range *range, uint64_t address, int size, uint32_t thread, const void *value) {
+static void trace_write(Range *range, uint64_t address, int size, uint32_t thread,
+                        const void *value) {
   uint32_t me = epoch << 16 | thread;
   int same = !memcmp((void *)address, value, size);
-  for (int64_t i = (address - range->low) / range->item, n = (address + size - 1 - range->low) / range->item; i <= n; i++) {
+  int64_t last = item_at(range, address + size - 1);
+  for (int64_t i = item_at(range, address); i <= last; i++) {
     Access *w = range->written + i, *r = range->read + i;
     if (!(same && w->program)) {
-      if (w->program && w->program != program) report(PROGRAMS_RACE, address);
-      if (w->program == program && w->who >> 16 == epoch && !ordered(w->who & 0xffff, thread)) report(WRITE_AFTER_WRITE, address);
-      if (r->program && r->program != program) report(PROGRAMS_RACE, address);
-      if (r->program == program && r->who >> 16 == epoch && !ordered(r->who & 0xffff, thread)) report(WRITE_AFTER_READ, address);
+      if (by_another(w) || by_another(r)) report(PROGRAMS_RACE, address);
+      if (raced(w, thread)) report(WRITE_AFTER_WRITE, address);
+      if (raced(r, thread)) report(WRITE_AFTER_READ, address);
     }
     *w = (Access){program, me};
   }
@@ -146,31 +160,34 @@ static int in_shared(uint32_t at, int size) {
   report(SHARED_OUTSIDE, at);
   return 0;
 }
-// Is all of it written? By what its threads know, which may be a value that is not set either.
+static inline int others(uint32_t trace, uint32_t who) {   // since the last barrier
+  return trace >> 16 == epoch && !ordered(trace & 0xffff, who);
+}
+// Is all of it set?
 static int read_shared(uint32_t at, int size, uint32_t who) {
   int all = WRITTEN;
   for (uint32_t i = at >> grain, n = (at + size - 1) >> grain; i <= n; i++) {
     uint32_t w = writer[i], r = reader[i];
-    if (w >> 16 == epoch && !ordered(w & 0xffff, who)) report(READ_AFTER_WRITE, (int64_t)i << grain);
+    if (others(w, who)) report(READ_AFTER_WRITE, (int64_t)i << grain);
     reader[i] = epoch << 16 | (r >> 16 == epoch ? joined(r & 0xffff, who) : who);
     if (state[i] & COPYING) report(COPY_UNFINISHED, (int64_t)i << grain);
     all &= state[i];
   }
   return all;
 }
-static void write_shared(uint32_t at, int size, uint32_t who, const uint8_t *value, int is_set) {
+static void write_shared(uint32_t at, int size, uint32_t who, const uint8_t *value,
+                         int is_set) {   // no value: a copy starts
   for (uint32_t i = at >> grain, n = (at + size - 1) >> grain; i <= n; i++) {
     uint32_t w = writer[i], r = reader[i];
     if (state[i] & COPYING) report(COPY_UNFINISHED, (int64_t)i << grain);
     if (has_products && pending[(i << grain) >> 4]) report(WGMMA_READS, (int64_t)i << grain);
-    int same = value && w >> 16 == epoch && !memcmp(shared + (i << grain), value + ((i << grain) - at), 1u << grain);
-    if (!same) {
-      if (w >> 16 == epoch && !ordered(w & 0xffff, who)) report(WRITE_AFTER_WRITE, (int64_t)i << grain);
-      if (r >> 16 == epoch && !ordered(r & 0xffff, who)) report(WRITE_AFTER_READ, (int64_t)i << grain);
-    }
+    int same = value && w >> 16 == epoch &&
+               !memcmp(shared + (i << grain), value + ((i << grain) - at), 1u << grain);
+    if (!same && others(w, who)) report(WRITE_AFTER_WRITE, (int64_t)i << grain);
+    if (!same && others(r, who)) report(WRITE_AFTER_READ, (int64_t)i << grain);
     writer[i] = epoch << 16 | who;
     state[i] = is_set ? WRITTEN : 0;
-    if (has_products && value) {
+    if (has_products) {
       stored[i] = clock_now;
       stored_by[i] = warp_now;
     }
@@ -228,7 +245,7 @@ static void sync_warp(Warp *W, const Instruction *I, uint32_t m) {
     reader[i] = met(reader[i], W->id);
   }
   for (int k = 0; k < n_ranges; k++)
-    for (int64_t i = 0, n = (int64_t)(ranges[k].high - ranges[k].low) / ranges[k].item; i < n; i++) {
+    for (int64_t i = 0; i < item_at(ranges + k, ranges[k].high); i++) {
       Access *w = ranges[k].written + i, *r = ranges[k].read + i;
       if (w->program == program) w->who = met(w->who, W->id);
       if (r->program == program) r->who = met(r->who, W->id);
@@ -245,6 +262,7 @@ static void copy_async(Warp *W, const Instruction *I, uint32_t m) {   // to, fro
     uint64_t from = V64(1)[l] + I->offset2;
     if (!in_shared(to, I->size)) continue;
     if (bytes > (uint32_t)I->size) bytes = I->size;
+    if (bytes < (uint32_t)I->size) reached_flags[I - first_instruction] |= MASKED;
     if (from % I->size) report(MISALIGNED, from);
     if (bytes) {
       Range *range = range_of(from, bytes);
@@ -275,6 +293,8 @@ static void land(Warp *W, int before) {   // the groups before that one
     for (uint32_t i = c.to >> grain; i <= (c.to + c.size - 1) >> grain; i++) {
       state[i] = WRITTEN;
       writer[i] = epoch << 16 | who;
+      stored[i] = clock_now;   // cp.async writes by the generic proxy: an ordinary store
+      stored_by[i] = W->id;
     }
     memset(shared + c.to, 0, c.size);
     if (c.bytes) memcpy(shared + c.to, (void *)c.from, c.bytes);
@@ -326,6 +346,6 @@ static void next_epoch(void) {
   memset(writer, 0, n * sizeof *writer);
   memset(reader, 0, n * sizeof *reader);
   for (int k = 0; k < n_ranges; k++)
-    for (int64_t i = 0, most = (int64_t)(ranges[k].high - ranges[k].low) / ranges[k].item; i <= most; i++)
+    for (int64_t i = 0; i <= item_at(ranges + k, ranges[k].high); i++)
       ranges[k].written[i].who = ranges[k].read[i].who = 0;
 }

@@ -9,7 +9,7 @@ generated at once: the interpreter is built once, whatever a program uses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 C_TYPE = {
@@ -38,7 +38,7 @@ def width(kind: str) -> int:
     return 8 if kind.endswith("64") else 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def spelling(opcode: str) -> str:
     parts = opcode.split(".")
     nearest = {"rn"} if parts[0] in NEAREST else set()
@@ -92,7 +92,7 @@ def arithmetic() -> dict[str, Operation]:
 
 
 def logic() -> dict[str, Operation]:
-    """Bits: and to prmt. A shift by the width and more is 0, or the sign (PTX ISA, "shl", "shr")."""
+    """Bits: and to brev. A shift by the width and more leaves 0, or the sign ("shl", "shr")."""
     found = {}
     for kind in BITS:
         size = int(kind[1:])
@@ -105,7 +105,9 @@ def logic() -> dict[str, Operation]:
         found[f"shr.{kind}"] = Operation((kind, kind, "u32"), f"b >= {size} ? 0 : a >> b")
     for kind in SIGNED:
         size = int(kind[1:])
-        found[f"shr.{kind}"] = Operation((kind, kind, "u32"), f"a >> (b >= {size} ? {size - 1} : b)")
+        found[f"shr.{kind}"] = Operation(
+            (kind, kind, "u32"), f"a >> (b >= {size} ? {size - 1} : b)"
+        )
     for side, mode in product("lr", ("wrap", "clamp")):
         amount = "(c & 31)" if mode == "wrap" else "(c > 32 ? 32 : c)"
         both = "((uint64_t)b << 32 | a)"
@@ -241,3 +243,16 @@ def moves() -> dict[str, Operation]:
 OPERATIONS: dict[str, Operation] = (
     arithmetic() | logic() | floating() | comparisons() | conversions() | moves()
 )
+HAND_WRITTEN = {  # operations of warp.h, memory.h and matrix.h: C functions by what calls them
+    "selp.32": "select32", "selp.64": "select64", "and.pred": "and_predicate",
+    "or.pred": "or_predicate", "xor.pred": "xor_predicate", "not.pred": "not_predicate",
+    "mov.pred": "move_predicate", "pack": "pack", "unpack": "unpack", "shfl": "shuffle",
+    "redux": "reduce", "ld.global": "load_global", "st.global": "store_global",
+    "ld.shared": "load_shared", "st.shared": "store_shared", "bar.warp.sync": "sync_warp",
+    "cp.async": "copy_async", "cp.async.commit_group": "commit_copies",
+    "cp.async.wait_group": "wait_copies", "cp.async.wait_all": "wait_all_copies",
+    "fence.proxy.async": "fence_async", "ldmatrix": "load_matrix", "stmatrix": "store_matrix",
+    "mma.halves": "multiply_halves", "mma.tf32": "multiply_tf32", "wgmma": "wgmma_issue",
+    "wgmma.fence": "wgmma_fence", "wgmma.commit_group": "wgmma_commit",
+    "wgmma.wait_group": "wgmma_wait", "nothing": "nothing", "trap": "trap",
+}  # fmt: skip

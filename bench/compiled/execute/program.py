@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ...errors import BenchError
-from .opcodes import OPERATIONS, spelling, width
+from .opcodes import HAND_WRITTEN, OPERATIONS, spelling, width
 from .ptx import Listing, Statement
 
 INSTRUCTION = struct.Struct("<10i2q")  # warp.h: Instruction
+TARGET = 12  # where in it a branch's target stands
 BRANCH, BARRIER, RETURN, FIRST_OF_TABLE = range(4)
-UNCHECKED = -2  # as a target: wgmma may use the accumulators of another one under way
+ON_WGMMA_REGISTERS = -3  # as a target: not wgmma itself, and has a register of one
 ADDRESS = re.compile(r"\[\s*(.+?)\s*(?:\+\s*(-?\w+)\s*)?\]$")
 NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]+|\d+)U?$")
 SPECIAL = (
@@ -22,22 +23,7 @@ SPECIAL = (
     "%nctaid.z", "%ntid.x", "%laneid", "%warpid",
 )  # fmt: skip
 SPECIAL_WIDTH = 16  # launch.c: the value is a number of the list
-HAND_WRITTEN = {  # operations of warp.h, memory.h and matrix.h: C functions by what calls them
-    "selp.32": "select32", "selp.64": "select64", "and.pred": "and_predicate",
-    "or.pred": "or_predicate", "xor.pred": "xor_predicate", "not.pred": "not_predicate",
-    "mov.pred": "move_predicate", "pack": "pack", "unpack": "unpack", "shfl": "shuffle",
-    "redux": "reduce", "ld.global": "load_global", "st.global": "store_global",
-    "ld.shared": "load_shared", "st.shared": "store_shared", "bar.warp.sync": "sync_warp",
-    "cp.async": "copy_async", "cp.async.commit_group": "commit_copies",
-    "cp.async.wait_group": "wait_copies", "cp.async.wait_all": "wait_all_copies",
-    "fence.proxy.async": "fence_async", "ldmatrix": "load_matrix", "stmatrix": "store_matrix",
-    "mma.halves": "multiply_halves", "mma.tf32": "multiply_tf32", "wgmma": "wgmma_issue",
-    "wgmma.fence": "wgmma_fence", "wgmma.commit_group": "wgmma_commit",
-    "wgmma.wait_group": "wgmma_wait", "nothing": "nothing", "trap": "trap",
-}  # fmt: skip
-NUMBERS = {
-    name: number for number, name in enumerate([*OPERATIONS, *HAND_WRITTEN], FIRST_OF_TABLE)
-}
+NUMBERS = {name: number for number, name in enumerate([*OPERATIONS, *HAND_WRITTEN], FIRST_OF_TABLE)}
 KINDS = {"bf16": 0, "f16": 1, "tf32": 2}
 MEMORY_MODIFIERS = {"volatile", "relaxed", "weak", "gpu", "sys", "cta"}
 
@@ -60,6 +46,7 @@ class Fields:
 class Program:
     code: bytearray = field(default_factory=bytearray)
     count: int = 0
+    lines: list[int] = field(default_factory=list)  # an instruction's, of the text
     operands: array[int] = field(default_factory=lambda: array("i"))
     slots: int = 0
     constants: list[tuple[int, int, int]] = field(default_factory=list)  # slot, width, bits
@@ -86,6 +73,7 @@ class _Assembler:
         # A statement may become several instructions: places of the former, for labels.
         self.places: list[int] = []
         self.branches: list[tuple[int, str]] = []
+        self.wgmma_registers: set[int] = set()
         for statement in listing.statements:
             self.places.append(self.program.count)
             try:
@@ -99,7 +87,17 @@ class _Assembler:
         self.places.append(self.program.count)
         for at, label in self.branches:
             place = self.places[listing.labels[label]]
-            struct.pack_into("<i", self.program.code, at * INSTRUCTION.size + 12, place)
+            struct.pack_into("<i", self.program.code, at * INSTRUCTION.size + TARGET, place)
+        if self.wgmma_registers:
+            self.mark_wgmma_registers()
+
+    def mark_wgmma_registers(self) -> None:
+        code, operands = self.program.code, self.program.operands
+        for at, fields in enumerate(INSTRUCTION.iter_unpack(bytes(code))):
+            op, first, count = fields[0], fields[5], fields[6]
+            used = not self.wgmma_registers.isdisjoint(operands[first : first + count])
+            if used and op != NUMBERS["wgmma"]:
+                struct.pack_into("<i", code, at * INSTRUCTION.size + TARGET, ON_WGMMA_REGISTERS)
 
     # ---- operands
 
@@ -183,6 +181,7 @@ class _Assembler:
             fields.offset, fields.offset2,
         )  # fmt: skip
         program.operands.extend(fields.slots)
+        program.lines.append(statement.line)
         program.count += 1
 
     def statement(self, statement: Statement) -> None:
@@ -203,7 +202,7 @@ class _Assembler:
     def lowered(self, statement: Statement) -> Iterator[Fields]:
         opcode, operands = statement.opcode, statement.operands
         parts = opcode.replace("shared::cta", "shared").split(".")
-        for start, lower in self.LOWER.items():
+        for start, lower in LOWER.items():
             if opcode.startswith(start):
                 yield lower(self, parts, operands)
                 return
@@ -285,8 +284,6 @@ class _Assembler:
     def packing(self, parts: list[str], operands: list[str]) -> Fields:
         pack = operands[1].startswith("{")
         one, many = operands if pack else reversed(operands)
-        if not pack:
-            one, many = operands[1], operands[0]
         names = [text.strip() for text in many.strip("{} ").split(",")]
         size = int(parts[-1][1:]) // 8
         slots = [self.operand(text, 4) for text in names]
@@ -357,7 +354,9 @@ class _Assembler:
         flags = 0
         if a.startswith("{"):
             flags |= 1
-        first = [self.operand(text.strip(), 4 if flags else 8) for text in a.strip("{} ").split(",")]
+        first = [
+            self.operand(text.strip(), 4 if flags else 8) for text in a.strip("{} ").split(",")
+        ]
         numbers = [int(text, 0) for text in signs] or [1, 1]
         transposed = numbers[2:]
         if flags:
@@ -366,29 +365,26 @@ class _Assembler:
         flags |= 8 * (numbers[0] == -1) | 16 * (numbers[1] == -1)
         slots = [*first, self.operand(b, 8), self.operand(scale, 0)]
         slots += [self.operand(text.strip(), 4) for text in d.strip("{} ").split(",")]
-        return Fields(
-            "wgmma", slots, int(found.group(1)), KINDS[parts[-1]], flags, target=UNCHECKED
-        )
+        self.wgmma_registers.update(first if len(first) > 1 else (), slots[len(first) + 2 :])
+        return Fields("wgmma", slots, int(found.group(1)), KINDS[parts[-1]], flags)
 
-    def named(self, name: str) -> Callable[..., Fields]:
-        return lambda parts, operands: Fields(name, [])
 
-    LOWER: dict[str, Callable[..., Fields]] = {
-        "cp.async.ca": copy,
-        "cp.async.cg": copy,
-        "cp.async.": counted,
-        "ldmatrix": matrix,
-        "stmatrix": matrix,
-        "mma.sync": mma,
-        "wgmma.mma_async": wgmma,
-        "wgmma.": counted,
-        "shfl.sync": shuffle,
-        "redux.sync": redux,
-        "fence.proxy.async": lambda self, parts, operands: Fields("fence.proxy.async", []),
-        "fence.": lambda self, parts, operands: Fields("nothing", []),
-        "membar.": lambda self, parts, operands: Fields("nothing", []),
-        "trap": lambda self, parts, operands: Fields("trap", []),
-        "bar.warp.sync": lambda self, parts, operands: Fields(
-            "bar.warp.sync", [self.operand(operands[0], 4)]
-        ),
-    }  # checked in this order
+LOWER: dict[str, Callable[[_Assembler, list[str], list[str]], Fields]] = {
+    "cp.async.ca": _Assembler.copy,
+    "cp.async.cg": _Assembler.copy,
+    "cp.async.": _Assembler.counted,
+    "ldmatrix": _Assembler.matrix,
+    "stmatrix": _Assembler.matrix,
+    "mma.sync": _Assembler.mma,
+    "wgmma.mma_async": _Assembler.wgmma,
+    "wgmma.": _Assembler.counted,
+    "shfl.sync": _Assembler.shuffle,
+    "redux.sync": _Assembler.redux,
+    "fence.proxy.async": lambda self, parts, operands: Fields("fence.proxy.async", []),
+    "fence.": lambda self, parts, operands: Fields("nothing", []),
+    "membar.": lambda self, parts, operands: Fields("nothing", []),
+    "trap": lambda self, parts, operands: Fields("trap", []),
+    "bar.warp.sync": lambda self, parts, operands: Fields(
+        "bar.warp.sync", [self.operand(operands[0], 4)]
+    ),
+}  # by the start of the opcode, in this order

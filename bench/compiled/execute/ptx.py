@@ -54,9 +54,7 @@ class Listing:
         closing = text.index(")", head.end())
         self.parameters = {
             name: (number, kind)
-            for number, (kind, name) in enumerate(
-                PARAMETER.findall(text[head.end() : closing + 1])
-            )
+            for number, (kind, name) in enumerate(PARAMETER.findall(text[head.end() : closing + 1]))
         }
         self._read(start + 1)
 
@@ -111,14 +109,10 @@ class Listing:
             rest = names.sub(lambda match: rename[match.group()], rest)
             guard = rename.get(guard, guard)
         self.statements.append(
-            Statement(
-                self.line_of(position), guard, bool(negated), opcode, split_operands(rest)
-            )
+            Statement(self.line_of(position), guard, bool(negated), opcode, split_operands(rest))
         )
 
-    def _declare(
-        self, kind: str, names: str, scopes: list[dict[str, str]], serial: int
-    ) -> None:
+    def _declare(self, kind: str, names: str, scopes: list[dict[str, str]], serial: int) -> None:
         width = WIDTHS.get(kind, 4)
         for name in (part.strip() for part in names.split(",")):
             if "<" in name:

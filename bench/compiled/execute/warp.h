@@ -18,7 +18,7 @@ typedef struct {
 // its slot, a bit a lane.
 typedef struct {
   uint32_t set;      // lanes whose value does not come from something that was never written
-  uint32_t fences;   // wgmma.fence executed when it was last written
+  uint32_t fences;   // of wgmma: how many there had been at its last use by anything else
 } Trace;
 
 typedef struct { int lane, size, bytes, group; uint32_t to; uint64_t from; } Copy;
@@ -32,7 +32,7 @@ typedef struct {   // a wgmma.mma_async from its issue to its wait
   int n_chunks, scale;
 } Product;
 
-enum { MOST_PRODUCTS = 64, WHOLE = -1 };
+enum { MOST_PRODUCTS = 64 };
 
 typedef struct {
   uint32_t *values;
@@ -46,8 +46,12 @@ typedef struct {
   int wgmma_commits, n_products;
   uint32_t wgmma_fences;
   Product *products;
-  uint32_t fence, fence_before;   // clock of its last fence.proxy.async, and of that before the barrier
+  uint32_t fence, fence_before;   // clock of its last fence.proxy.async; the one before the barrier
 } Warp;
+
+enum { REACHED = 1, MASKED = 2 };   // executed; and with lanes that its guard or its size left out
+static const Instruction *first_instruction;
+static uint8_t *reached_flags;
 
 static const int32_t *operands;
 static int line_now;              // of the PTX
@@ -78,7 +82,6 @@ static inline uint64_t lane_bits(Warp *W, const Instruction *I, int k, int l) {
 static inline void mark(Warp *W, const Instruction *I, int k, uint32_t m, uint32_t set) {
   Trace *trace = W->traces + SLOT(k);
   trace->set = (trace->set & ~m) | (set & m);
-  trace->fences = W->wgmma_fences;
 }
 static inline void put32(Warp *W, const Instruction *I, int k, const uint32_t *value, uint32_t m) {
   uint32_t *to = V32(k);
