@@ -1,5 +1,6 @@
 """python -m bench            the cases on this machine: a table, and a JSON line a result
 python -m bench static     what the compiler makes of the kernels, for four targets, anywhere
+python -m bench fits       whether every launch fits every device, and its options are known there
 python -m bench gpu        a CUDA machine's one command: correctness, then speed
 python -m bench precision  digits of loss and gradient against float64
 python -m bench demo       what README shows of `make demo`
@@ -18,6 +19,7 @@ from .errors import BenchError, Parser
 
 ELSEWHERE = {  # the module whose main is the command
     "static": "static_table",
+    "fits": "fits",
     "gpu": "gpu",
     "precision": "precision",
     "demo": "demo",

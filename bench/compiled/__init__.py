@@ -1,0 +1,1 @@
+"""What the compiler makes of the kernels, as public calls launch them."""
