@@ -1,6 +1,7 @@
 """python -m bench            the cases on this machine: a table, and a JSON line a result
 python -m bench static     what the compiler makes of the kernels, for four targets, anywhere
 python -m bench execute    every kernel's PTX, executed on a CPU and held to float64
+python -m bench fits       whether every launch fits every device, and its options are known there
 python -m bench gpu        a CUDA machine's one command: correctness, then speed
 python -m bench precision  digits of loss and gradient against float64
 python -m bench demo       what README shows of `make demo`
@@ -20,6 +21,7 @@ from .errors import BenchError, Parser
 ELSEWHERE = {  # the module whose main is the command
     "static": "static_table",
     "execute": "compiled.execute.command",
+    "fits": "fits",
     "gpu": "gpu",
     "precision": "precision",
     "demo": "demo",

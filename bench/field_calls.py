@@ -135,13 +135,13 @@ class FieldCall:
             )  # fmt: skip
             if dtype != torch.float64:
                 after = self.as_stored(after)
-            after = after.double()
-            after.diagonal().add_(1 - self.made().rows(self.index()).double().sum(1))
-            outcome |= parts_of(after)
+                after.diagonal().add_(1 - self.made().rows(self.index()).double().sum(1))
+            outcome |= parts_of(after.double())
         return outcome
 
     def as_stored(self, block: Tensor) -> Tensor:
-        """Rounded by chance; the diagonal stays in float32, and takes up what that leaves."""
+        """Rounded by chance; the diagonal stays in float32, and takes up what that leaves, so that
+        rows add up to one."""
         rounded = block.clone()
         if self.stored == "bf16":
             generator = torch.Generator().manual_seed(self.batch)
