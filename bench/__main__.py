@@ -2,6 +2,7 @@
 python -m bench static     what the compiler makes of the kernels, for four targets, anywhere
 python -m bench execute    every kernel's PTX, executed on a CPU and held to float64
 python -m bench fuzz       random cases of every loss against the truth, shrunk where one fails
+python -m bench fits       whether every launch fits every device, and its options are known there
 python -m bench gpu        a CUDA machine's one command: rates, correctness, speed, verdicts
 python -m bench precision  digits of loss and gradient against float64
 python -m bench demo       what README shows of `make demo`
@@ -22,6 +23,7 @@ ELSEWHERE = {  # the module whose main is the command
     "static": "static_table",
     "execute": "compiled.execute.command",
     "fuzz": "fuzz.command",
+    "fits": "fits",
     "gpu": "gpu.command",
     "precision": "precision",
     "demo": "demo",

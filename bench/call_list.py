@@ -96,7 +96,7 @@ def settings() -> Iterator[LossCall]:
     yield of("rkdo direct, depth 1", "rkdo", DIRECT, depth=1, **bf16)
     yield of("rkdo direct, depth 8", "rkdo", DIRECT, ROWS, depth=8, **fp16)
     yield of("rkdo direct, α = 0", "rkdo", DIRECT, alpha=0.0, **fp32)
-    yield of("rkdo direct, α = 1", "rkdo", DIRECT, alpha=1.0, **bf16)
+    yield of("rkdo direct, α = 1", "rkdo", DIRECT, ROWS, alpha=1.0, **bf16)
     yield of("rkdo direct detached", "rkdo", DIRECT, detach_target=True, **fp32)
     yield of("rkdo direct, one entry", "rkdo", DIRECT, shape=ONE, **fp32)
     yield of("rkdo direct, odd rows", "rkdo", DIRECT, shape=ODD, layout="odd", **bf16)

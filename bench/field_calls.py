@@ -135,11 +135,13 @@ class FieldCall:
             )  # fmt: skip
             if dtype != torch.float64:
                 after = self.as_stored(after)
+                after.diagonal().add_(1 - self.made().rows(self.index()).double().sum(1))
             outcome |= parts_of(after.double())
         return outcome
 
     def as_stored(self, block: Tensor) -> Tensor:
-        """Rounded by chance; the diagonal stays in float32, and takes up what that leaves."""
+        """Rounded by chance; the diagonal stays in float32, and takes up what that leaves, so that
+        rows add up to one."""
         rounded = block.clone()
         if self.stored == "bf16":
             generator = torch.Generator().manual_seed(self.batch)
@@ -172,5 +174,6 @@ class FieldCall:
 
 
 def parts_of(block: Tensor) -> Outcome:
-    """A block's diagonal, and the rest, whose entries are far smaller."""
-    return {"diagonal": block.diagonal().clone(), "others": block.clone().fill_diagonal_(0)}
+    """Of rows: entries but for the diagonal, which are small; and 1 − the diagonal, which takes up
+    what a row has lost that is to add up to one, and so is held to digits of one."""
+    return {"beside": 1 - block.diagonal(), "others": block.clone().fill_diagonal_(0)}

@@ -9,7 +9,6 @@ matrix instructions and memory accesses; and the time that follows on the target
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -216,7 +215,7 @@ def build(
     """Raises what the compiler raises."""
     variant = variant or ("aligned" if aligned else "unaligned")
     like = torch.empty(1, 1 if variant == "ones" else dim, dtype=DTYPES[dtype], device="meta")
-    config = config or table_entry(case.table, like, target)
+    config = config or launch.launch_config(case.table, like, target)
     names = case.function.arg_names
     amd = TARGETS[target].amd
     dims = launch.dims_for(like, not amd, config.width)
@@ -249,14 +248,6 @@ def build(
         "config": config, "stripes": again,
     }  # fmt: skip
     return Built(compiled, tile, bool(case.loop), target, fields)
-
-
-def table_entry(table: str, like: torch.Tensor, target: str) -> launch.Config:
-    """The launch table's, by architecture where it knows architectures."""
-    look_up: Any = launch.launch_config
-    if "arch" in inspect.signature(look_up).parameters:
-        return look_up(table, like, arch=target)
-    return look_up(table, like)
 
 
 def specialise(case: Case, dtype: str, constants: dict[str, Any], variant: str) -> ASTSource:

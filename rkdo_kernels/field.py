@@ -21,6 +21,7 @@ from .softmax_sums import softmax_sums
 __all__ = ["dense_gradient", "dense_pass", "snapshot_gradient", "snapshot_pass"]
 
 
+@launch.on_device
 def dense_pass(
     queries: Tensor,
     keys: Tensor,
@@ -53,6 +54,7 @@ def dense_pass(
     return loss, d_queries, d_keys
 
 
+@launch.on_device
 def dense_gradient(
     queries: Tensor,
     keys: Tensor,

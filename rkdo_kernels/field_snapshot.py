@@ -169,6 +169,7 @@ def _snapshot_losses(
     row_losses(of_e, of_p, divergence, i, i < n, known_ptr, loss_ptr)
 
 
+@launch.on_device
 def snapshot_pass(
     queries: Tensor,
     keys: Tensor,
@@ -196,6 +197,7 @@ def snapshot_pass(
     return loss, d_queries, d_keys
 
 
+@launch.on_device
 def snapshot_gradient(
     queries: Tensor,
     keys: Tensor,

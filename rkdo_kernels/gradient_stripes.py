@@ -6,6 +6,9 @@ every part. Here S is computed once a gradient, and the products with G are left
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -104,15 +107,16 @@ def moments_backward(
     rows = launch.stripe(n, m)
     cols = launch.stripe(m, n) if rows < n else m
     room = queries.new_empty(max(rows * m, n * cols))
-    for start in range(0, n if needs[0] else 0, rows):
-        stop = min(start + rows, n)
-        g = run.stripe(room, start, stop, 0, m)
-        multiply(g, keys, d_queries[start:stop])
-    for start in range(0, m if needs[1] else 0, cols):
-        stop = min(start + cols, m)
-        if rows < n or not needs[0]:
-            g = run.stripe(room, 0, n, start, stop)
-        multiply(g.T, queries, d_keys[start:stop])
+    with float32_sums:
+        for start in range(0, n if needs[0] else 0, rows):
+            stop = min(start + rows, n)
+            g = run.stripe(room, start, stop, 0, m)
+            multiply(g, keys, d_queries[start:stop])
+        for start in range(0, m if needs[1] else 0, cols):
+            stop = min(start + cols, m)
+            if rows < n or not needs[0]:
+                g = run.stripe(room, 0, n, start, stop)
+            multiply(g.T, queries, d_keys[start:stop])
     return d_queries, d_keys
 
 
@@ -122,6 +126,38 @@ def multiply(g: Tensor, x: Tensor, out: Tensor) -> None:
         torch.mm(g, x, out_dtype=torch.float32, out=out)
     else:
         torch.mm(g.float(), x.float(), out=out)
+
+
+class Float32Sums:
+    """Within, parts of a product of bfloat16 matrices are added up in float32.
+
+    The setting is the process's: the first thread to enter keeps what it was, the last to leave
+    restores it.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, (True, True)
+
+    def __enter__(self) -> None:
+        setting: Any = torch.backends.cuda.matmul
+        with self.lock:
+            if self.inside == 0:
+                self.before = (
+                    setting.allow_bf16_reduced_precision_reduction,
+                    setting.allow_bf16_reduced_precision_reduction_split_k,
+                )
+                setting.allow_bf16_reduced_precision_reduction = (False, self.before[1])
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        setting: Any = torch.backends.cuda.matmul
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                setting.allow_bf16_reduced_precision_reduction = self.before
+
+
+float32_sums = Float32Sums()
 
 
 class Stripes:

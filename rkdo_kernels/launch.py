@@ -1,16 +1,23 @@
-"""Where a call runs: the backend by device, the path by temperature and bound, launch tables."""
+"""Where a call runs: the backend by device, the path by temperature and bound, its launches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import chebyshev
 from .constants import host_constant
+from .launch_tables import CONFIGS as CONFIGS
+from .launch_tables import TABLES, WIDTHS, Config, line, tables_for
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 ACCURATE_RANGE = 40  # of float32 exponents: rounded at 20 they have an error of 1e-6, at 40 of 2e-6
 
@@ -67,7 +74,12 @@ def backend_for(name: str, queries: Tensor) -> str:
     """'triton' or 'tiled' for what was asked; an explicit 'triton' that cannot run is an error."""
     if name == "auto":
         on_gpu = queries.device.type == "cuda" and queries.dtype != torch.float64
-        return "triton" if on_gpu and triton_status() != "missing" else "tiled"
+        if not on_gpu or triton_status() == "missing":
+            return "tiled"
+        if why_not := why_no_kernels(queries):
+            warn_of(why_not)
+            return "tiled"
+        return "triton"
     if name == "triton":
         status = triton_status()
         if status == "missing":
@@ -79,7 +91,14 @@ def backend_for(name: str, queries: Tensor) -> str:
                 f"backend='triton' needs a GPU, got tensors on {queries.device} "
                 "(TRITON_INTERPRET=1 runs it on CPU tensors, slowly)"
             )
+        if why_not := why_no_kernels(queries):
+            raise RuntimeError(f"backend='triton' cannot run: {why_not}")
     return name
+
+
+def why_no_kernels(x: Tensor) -> str:
+    compiled = triton_status() == "compiled" and x.device.type == "cuda"
+    return refusal(device_index(x), x.dtype) if compiled else ""
 
 
 @host_constant
@@ -94,247 +113,97 @@ def triton_status() -> str:
 
 # ---- launches of the Triton kernels --------------------------------------------------------------
 
-WIDTHS = {4: 64, 2: 128}  # columns of an operand held at once, by bytes an element
 SINGLE = 128  # rows, and keys, up to which one program does all
 CROWDED = 8  # warps that a multiprocessor holds where a thread has up to 255 registers
 STRIPE_DIM = 256  # of bfloat16 embeddings, from which ∂L/∂S is formed by stripes
 STRIPE_BYTES = 32 << 20  # of one: an H200's L2 holds 50 MB
 
 
-@dataclass(frozen=True)
-class Config:
-    rows: int
-    cols: int
-    warps: int
-    stages: int
-    steps: int = 1  # tiles a pass through the loop
-    registers: int | None = None  # most that a thread may have
-    width: int | None = None  # columns of an operand held at once, where WIDTHS are too many
-
-    @property
-    def options(self) -> dict[str, Any]:
-        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-        return options | ({"maxnreg": self.registers} if self.registers else {})
-
-
-# By kernel, bytes an element, and whether the embedding is wider than WIDTHS. Chosen from what the
-# kernels compile to for sm_90 (python -m bench static): the fewest issue slots without spills.
-CONFIGS = {
-    ("logsumexp", 2, False): Config(128, 128, 8, 3),
-    ("logsumexp", 2, True): Config(128, 64, 8, 2),
-    ("logsumexp", 4, False): Config(128, 64, 8, 2),
-    ("logsumexp", 4, True): Config(64, 64, 4, 1),
-    ("moments_fwd", 2, False): Config(128, 64, 8, 3),
-    ("moments_fwd", 2, True): Config(128, 64, 8, 2),
-    ("moments_fwd", 4, False): Config(128, 64, 8, 2),
-    ("moments_fwd", 4, True): Config(64, 64, 4, 1),
-    ("single_launch", 2, False): Config(64, 64, 4, 1),
-    ("single_launch", 2, True): Config(64, 64, 8, 1),
-    ("single_launch", 4, False): Config(64, 64, 8, 1, width=32),
-    ("single_launch", 4, True): Config(64, 64, 8, 1, width=32),
-    ("gradient_stripe", 2, True): Config(128, 128, 8, 3, width=64),
-    ("both_sums", 2, False): Config(128, 64, 4, 3, registers=168),
-    ("both_sums", 2, True): Config(128, 128, 8, 2),
-    ("both_sums", 4, False): Config(64, 128, 8, 2),
-    ("both_sums", 4, True): Config(64, 128, 8, 1),
-    ("both_sums_bwd", 2, False): Config(64, 64, 4, 2, steps=2, registers=128),
-    ("both_sums_bwd", 2, True): Config(128, 64, 8, 2),
-    ("both_sums_bwd", 4, False): Config(128, 64, 8, 2),
-    ("both_sums_bwd", 4, True): Config(128, 64, 8, 1),
-    ("moments_dq", 2, False): Config(64, 64, 4, 2, steps=2, registers=128),
-    ("moments_dq", 2, True): Config(128, 64, 8, 2),
-    ("moments_dq", 4, False): Config(128, 64, 8, 2),
-    ("moments_dq", 4, True): Config(128, 64, 8, 1),
-    ("moments_dk", 2, False): Config(64, 64, 4, 2, steps=2, registers=128),
-    ("moments_dk", 2, True): Config(128, 64, 8, 2),
-    ("moments_dk", 4, False): Config(64, 64, 4, 1),
-    ("moments_dk", 4, True): Config(64, 32, 4, 1),
-    ("softmax_sums", 2, False): Config(128, 64, 8, 3),
-    ("softmax_sums", 2, True): Config(128, 64, 8, 2),
-    ("softmax_sums", 4, False): Config(128, 64, 8, 2),
-    ("softmax_sums", 4, True): Config(64, 32, 4, 1),
-    ("softmax_sums_dq", 2, False): Config(64, 64, 4, 2),
-    ("softmax_sums_dq", 2, True): Config(128, 32, 8, 2),
-    ("softmax_sums_dq", 4, False): Config(128, 32, 8, 2),
-    ("softmax_sums_dq", 4, True): Config(64, 32, 4, 1),
-    ("softmax_sums_dk", 2, False): Config(64, 64, 4, 2),
-    ("softmax_sums_dk", 2, True): Config(32, 128, 8, 2),
-    ("softmax_sums_dk", 4, False): Config(32, 64, 4, 1),
-    ("softmax_sums_dk", 4, True): Config(16, 64, 4, 1),
-    # no matrix instruction, on no architecture
-    ("student_sums", 2, False): Config(64, 32, 4, 1),
-    ("student_sums", 2, True): Config(64, 32, 4, 1),
-    ("student_sums", 4, False): Config(64, 32, 4, 1),
-    ("student_sums", 4, True): Config(64, 32, 4, 1),
-    ("student_sums_dq", 2, False): Config(64, 32, 4, 1),
-    ("student_sums_dq", 2, True): Config(64, 16, 4, 1, width=64),
-    ("student_sums_dq", 4, False): Config(64, 32, 4, 1),
-    ("student_sums_dq", 4, True): Config(64, 16, 4, 1, width=64),
-    ("student_sums_dk", 2, False): Config(32, 64, 4, 1),
-    ("student_sums_dk", 2, True): Config(16, 64, 4, 1, width=64),
-    ("student_sums_dk", 4, False): Config(32, 64, 4, 1),
-    ("student_sums_dk", 4, True): Config(16, 64, 4, 1, width=64),
-    ("recursion", 2, False): Config(64, 32, 4, 2),
-    ("recursion", 2, True): Config(64, 16, 4, 2),
-    ("recursion", 4, False): Config(64, 16, 4, 2),
-    ("recursion", 4, True): Config(64, 16, 4, 1),
-    ("recursion_dq", 2, False): Config(64, 32, 4, 2),
-    ("recursion_dq", 2, True): Config(64, 16, 4, 2, width=64),
-    ("recursion_dq", 4, False): Config(128, 32, 8, 2),
-    ("recursion_dq", 4, True): Config(64, 16, 4, 1),
-    ("recursion_dk", 2, False): Config(32, 64, 4, 2),
-    ("recursion_dk", 2, True): Config(16, 64, 4, 2, width=64),
-    ("recursion_dk", 4, False): Config(16, 64, 4, 1),
-    ("recursion_dk", 4, True): Config(16, 64, 4, 1, width=32),
-    ("field_masses", 2, False): Config(16, 256, 4, 2),
-    ("field_masses", 2, True): Config(16, 256, 4, 2),
-    ("field_masses", 4, False): Config(16, 256, 4, 2),
-    ("field_masses", 4, True): Config(16, 256, 4, 2),
-    ("field_walk", 2, False): Config(128, 32, 8, 3),
-    ("field_walk", 2, True): Config(128, 32, 8, 2),
-    ("field_walk", 4, False): Config(128, 16, 8, 1),
-    ("field_walk", 4, True): Config(128, 16, 8, 1),
-    ("field_keys", 2, False): Config(64, 64, 4, 2),
-    ("field_keys", 2, True): Config(64, 64, 8, 1),
-    ("field_keys", 4, False): Config(64, 64, 4, 1),
-    ("field_keys", 4, True): Config(64, 32, 4, 1, width=32),
-    # rows and columns by index: addresses of their own take registers
-    ("field_walk_gathered", 2, False): Config(128, 16, 8, 2),
-    ("field_walk_gathered", 2, True): Config(128, 16, 8, 2),
-    ("field_walk_gathered", 4, False): Config(128, 16, 8, 1),
-    ("field_walk_gathered", 4, True): Config(128, 16, 8, 1),
-    ("field_keys_gathered", 2, False): Config(64, 64, 4, 2),
-    ("field_keys_gathered", 2, True): Config(64, 64, 8, 1),
-    ("field_keys_gathered", 4, False): Config(64, 32, 4, 1),
-    ("field_keys_gathered", 4, True): Config(64, 32, 4, 1),
-    ("snapshot_sums", 2, False): Config(64, 32, 4, 1),
-    ("snapshot_sums", 2, True): Config(64, 32, 4, 1),
-    ("snapshot_sums", 4, False): Config(64, 32, 4, 1),
-    ("snapshot_sums", 4, True): Config(64, 32, 4, 1),
-    ("snapshot_rows", 2, False): Config(64, 32, 4, 1),
-    ("snapshot_rows", 2, True): Config(64, 32, 4, 1),
-    ("snapshot_rows", 4, False): Config(64, 32, 4, 1),
-    ("snapshot_rows", 4, True): Config(64, 32, 4, 1),
-    ("snapshot_keys", 2, False): Config(64, 32, 4, 1),
-    ("snapshot_keys", 2, True): Config(64, 32, 4, 1),
-    ("snapshot_keys", 4, False): Config(64, 32, 4, 1),
-    ("snapshot_keys", 4, True): Config(64, 32, 4, 1),
-}
-# Where another architecture needs another tile for the same reasons.
-ARCH_CONFIGS = {
-    ("sm_80", "logsumexp", 2, False): Config(128, 64, 8, 2),
-    ("sm_80", "logsumexp", 4, False): Config(32, 64, 4, 2),
-    ("sm_80", "logsumexp", 4, True): Config(32, 64, 4, 2),
-    ("sm_80", "moments_fwd", 2, False): Config(128, 64, 8, 2),
-    ("sm_80", "moments_fwd", 4, False): Config(32, 64, 4, 2),
-    ("sm_80", "moments_fwd", 4, True): Config(32, 64, 4, 2),
-    ("sm_100", "logsumexp", 2, False): Config(128, 64, 8, 3),
-    ("sm_100", "logsumexp", 4, True): Config(64, 64, 8, 2),
-    ("sm_100", "moments_fwd", 4, True): Config(64, 64, 8, 2),
-    ("sm_100", "single_launch", 4, False): Config(64, 64, 4, 1, width=32),
-    ("gfx942", "logsumexp", 4, True): Config(128, 64, 8, 2),
-    ("gfx942", "moments_fwd", 4, True): Config(128, 64, 8, 2),
-    ("sm_80", "moments_dq", 2, False): Config(64, 64, 4, 2),
-    ("sm_80", "moments_dq", 2, True): Config(64, 64, 8, 2),
-    ("sm_80", "moments_dq", 4, False): Config(32, 32, 2, 2),
-    ("sm_80", "moments_dk", 2, False): Config(64, 64, 4, 2),
-    ("sm_80", "moments_dq", 4, True): Config(32, 32, 4, 1),
-    ("sm_80", "moments_dk", 4, False): Config(64, 32, 4, 2),
-    ("sm_80", "moments_dk", 4, True): Config(32, 32, 4, 1),
-    ("sm_100", "moments_dq", 2, False): Config(128, 64, 4, 2, steps=2),
-    ("sm_100", "moments_dq", 2, True): Config(128, 128, 8, 1),
-    ("sm_100", "moments_dk", 2, False): Config(64, 128, 4, 2, steps=2),
-    ("sm_100", "moments_dk", 2, True): Config(128, 128, 8, 1),
-    ("sm_100", "moments_dk", 4, False): Config(64, 64, 8, 1),
-    ("sm_100", "moments_dq", 4, True): Config(64, 64, 8, 1),
-    ("sm_100", "moments_dk", 4, True): Config(64, 64, 8, 1),
-    ("gfx942", "gradient_stripe", 2, True): Config(128, 128, 8, 2, width=64),
-    ("gfx942", "moments_dq", 2, False): Config(128, 64, 4, 1),
-    ("gfx942", "moments_dq", 2, True): Config(128, 64, 4, 1),
-    ("gfx942", "moments_dq", 4, False): Config(128, 32, 4, 1),
-    ("gfx942", "moments_dq", 4, True): Config(128, 32, 4, 1),
-    ("gfx942", "moments_dk", 2, False): Config(128, 64, 4, 1),
-    ("gfx942", "moments_dk", 2, True): Config(128, 64, 4, 1),
-    ("gfx942", "moments_dk", 4, False): Config(128, 64, 4, 1),
-    ("gfx942", "moments_dk", 4, True): Config(128, 64, 4, 1),
-    ("sm_80", "both_sums", 4, True): Config(32, 64, 4, 1),
-    ("sm_80", "both_sums_bwd", 2, True): Config(64, 64, 8, 2),
-    ("sm_80", "both_sums_bwd", 4, False): Config(32, 32, 2, 2),
-    ("sm_80", "both_sums_bwd", 4, True): Config(32, 32, 4, 1),
-    ("sm_100", "both_sums", 2, False): Config(64, 128, 8, 3),
-    ("sm_100", "both_sums", 2, True): Config(64, 128, 8, 2),
-    ("sm_100", "both_sums", 4, True): Config(64, 64, 8, 2),
-    ("sm_100", "both_sums_bwd", 2, False): Config(128, 64, 4, 2, steps=2),
-    ("sm_100", "both_sums_bwd", 2, True): Config(128, 64, 8, 1),
-    ("sm_100", "both_sums_bwd", 4, False): Config(64, 64, 8, 1),
-    ("sm_100", "both_sums_bwd", 4, True): Config(64, 64, 8, 1),
-    ("gfx942", "both_sums", 2, True): Config(64, 128, 8, 2),
-    ("gfx942", "both_sums", 4, True): Config(64, 64, 4, 1),
-    ("gfx942", "both_sums_bwd", 2, False): Config(128, 64, 4, 1),
-    ("gfx942", "both_sums_bwd", 2, True): Config(128, 32, 4, 1),
-    ("gfx942", "both_sums_bwd", 4, False): Config(128, 32, 4, 1),
-    ("gfx942", "both_sums_bwd", 4, True): Config(128, 32, 4, 1),
-    ("sm_80", "softmax_sums", 2, True): Config(64, 16, 4, 2),
-    ("sm_80", "softmax_sums", 4, False): Config(64, 32, 4, 1),
-    ("sm_80", "softmax_sums", 4, True): Config(64, 16, 4, 1),
-    ("sm_80", "softmax_sums_dq", 2, True): Config(64, 16, 4, 2),
-    ("sm_80", "softmax_sums_dq", 4, False): Config(64, 16, 4, 2),
-    ("sm_80", "softmax_sums_dq", 4, True): Config(64, 16, 4, 1, width=32),
-    ("sm_80", "softmax_sums_dk", 4, False): Config(16, 64, 4, 2),
-    ("sm_80", "softmax_sums_dk", 4, True): Config(16, 64, 4, 1, width=32),
-    ("sm_80", "recursion", 2, False): Config(64, 16, 4, 2),
-    ("sm_80", "recursion_dq", 2, True): Config(64, 16, 4, 2),
-    ("sm_80", "recursion_dq", 4, False): Config(64, 16, 4, 2),
-    ("sm_80", "recursion_dq", 4, True): Config(64, 16, 4, 1, width=32),
-    ("sm_80", "recursion_dk", 2, True): Config(32, 32, 4, 1),
-    ("sm_80", "recursion_dk", 4, False): Config(16, 64, 4, 2),
-    ("sm_100", "softmax_sums", 2, True): Config(64, 64, 8, 2),
-    ("sm_100", "softmax_sums", 4, False): Config(64, 32, 4, 1, width=32),
-    ("sm_100", "softmax_sums", 4, True): Config(64, 32, 4, 1, width=32),
-    ("sm_100", "softmax_sums_dk", 2, False): Config(32, 64, 4, 2),
-    ("sm_100", "softmax_sums_dk", 4, False): Config(16, 64, 4, 1, width=32),
-    ("sm_100", "softmax_sums_dq", 4, True): Config(64, 16, 4, 1, width=32),
-    ("sm_100", "softmax_sums_dk", 4, True): Config(16, 64, 4, 1, width=32),
-    ("sm_100", "recursion", 4, False): Config(64, 16, 4, 1),
-    ("sm_100", "recursion", 4, True): Config(64, 16, 4, 1, width=32),
-    ("sm_100", "recursion_dq", 2, True): Config(64, 16, 4, 1, width=64),
-    ("sm_100", "recursion_dq", 4, False): Config(64, 16, 4, 2),
-    ("sm_100", "recursion_dq", 4, True): Config(64, 16, 4, 1, width=32),
-    ("sm_100", "recursion_dk", 4, False): Config(16, 64, 4, 1, width=32),
-    ("gfx942", "softmax_sums_dq", 2, True): Config(64, 32, 8, 2),
-    ("gfx942", "softmax_sums_dq", 4, False): Config(64, 32, 4, 1),
-    ("gfx942", "softmax_sums_dk", 2, True): Config(32, 64, 4, 1),
-    ("gfx942", "recursion_dq", 2, True): Config(64, 16, 4, 2),
-    ("gfx942", "recursion_dq", 4, False): Config(64, 32, 4, 1),
-    ("gfx942", "recursion_dk", 4, True): Config(16, 64, 4, 1),
-    ("sm_80", "field_walk", 2, False): Config(128, 32, 8, 2),
-    ("sm_80", "field_walk", 4, False): Config(64, 16, 4, 1),
-    ("sm_80", "field_keys", 4, False): Config(32, 32, 4, 1),
-    ("sm_100", "field_walk", 2, False): Config(128, 32, 8, 2),
-    ("sm_100", "field_keys", 2, False): Config(128, 64, 4, 1),
-    ("sm_100", "field_keys", 4, False): Config(64, 64, 8, 1),
-    ("gfx942", "field_walk", 2, False): Config(64, 32, 4, 1),
-    ("gfx942", "field_walk", 2, True): Config(64, 32, 4, 1),
-    ("gfx942", "field_walk", 4, False): Config(64, 32, 4, 1),
-    ("gfx942", "field_walk", 4, True): Config(64, 32, 4, 1, width=32),
-    ("gfx942", "field_keys", 2, False): Config(64, 64, 4, 1),
-    ("gfx942", "field_keys", 2, True): Config(64, 64, 4, 2),
-    ("gfx942", "field_keys", 4, False): Config(64, 64, 4, 2),
-    ("gfx942", "field_keys", 4, True): Config(64, 64, 4, 2),
-}
 INTERPRETED = Config(64, 64, 1, 1)
 
 
-def config(kernel: str, x: Tensor) -> Config:
+@dataclass(frozen=True)
+class Device:
+    name: str
+    architecture: str  # sm_86, gfx942
+    shared: int  # bytes of shared memory that a program may have
+
+    @property
+    def table(self) -> str:
+        """The launch table that fits it, "" if none does."""
+        known = tables_for(self.architecture)
+        return next((x for x in known if TABLES[x].shared <= self.shared), "")
+
+
+@host_constant
+def device(index: int) -> Device:
+    from triton.runtime import driver
+
+    properties: Any = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        architecture = properties.gcnArchName.split(":")[0]
+    else:
+        architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+    shared = driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return Device(properties.name, architecture, shared)
+
+
+@host_constant
+def refusal(index: int, dtype: torch.dtype) -> str:
+    """Why the kernels cannot run on a device, "" if they can."""
+    found = device(index)
+    what = f"{found.name} ({found.architecture})"
+    if not tables_for(found.architecture):
+        return f"the kernels need sm_75 or newer, {what} is older"
+    if not found.table:
+        least = min(TABLES[x].shared for x in tables_for(found.architecture))
+        return (
+            f"the kernels need {least} bytes of shared memory a program, {what} has {found.shared}"
+        )
+    if found.table == "sm_75" and dtype == torch.bfloat16:
+        return f"bfloat16 needs sm_80 or newer, {what} is older: pass float16 or float32"
+    return ""
+
+
+@host_constant
+def warn_of(reason: str) -> None:
+    """Once a process."""
+    warnings.warn(f"PyTorch tiles run instead of the kernels: {reason}", stacklevel=2)
+
+
+def device_index(x: Tensor) -> int:
+    return torch.cuda.current_device() if x.device.index is None else x.device.index
+
+
+def on_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Run on the device of its first argument: Triton launches on the current one."""
+
+    @wraps(function)
+    def there(*args: P.args, **kwargs: P.kwargs) -> R:
+        with guard(args[0]):
+            return function(*args, **kwargs)
+
+    return there
+
+
+def guard(x: Any) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def target(x: Tensor) -> str:
+    """The launch table that holds for a tensor's device."""
     if triton_status() == "interpreted":
-        return INTERPRETED
-    arch = architecture(x.device.index or 0) if x.device.type == "cuda" else "sm_90"
-    return launch_config(kernel, x, arch)
+        return "interpreted"
+    return device(device_index(x)).table if x.device.type == "cuda" else "sm_90"
 
 
-def launch_config(kernel: str, x: Tensor, arch: str = "sm_90") -> Config:
-    key = (kernel, x.element_size(), x.shape[1] > WIDTHS[x.element_size()])
-    return ARCH_CONFIGS.get((arch, *key), CONFIGS[key])
+def config(kernel: str, x: Tensor) -> Config:
+    table = target(x)
+    return INTERPRETED if table == "interpreted" else launch_config(kernel, x, table)
+
+
+def launch_config(kernel: str, x: Tensor, table: str = "sm_90") -> Config:
+    return line(table, kernel, x.element_size(), x.shape[1])
 
 
 def limited(config: Config, dtype: torch.dtype, width: int, degree: int, dense: bool) -> Config:
@@ -345,15 +214,6 @@ def limited(config: Config, dtype: torch.dtype, width: int, degree: int, dense: 
     """
     enough = dense and dtype != torch.float16 and width <= 64 and degree <= 6
     return config if enough else replace(config, registers=None)
-
-
-@host_constant
-def architecture(device: int) -> str:
-    """The nearest architecture that the launch tables know."""
-    if torch.version.hip is not None:
-        return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0]
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
 @host_constant
@@ -370,7 +230,7 @@ def splits(programs: int, count: int, step: int, warps: int, result: Tensor, fit
     """
     if triton_status() == "interpreted" or result.device.type != "cuda":
         return 1
-    wanted = fit * multiprocessors(result.device.index or 0) // (programs * warps)
+    wanted = fit * multiprocessors(device_index(result)) // (programs * warps)
     room = max(8 << 20, result.numel() * result.element_size()) // (4 * result.numel())
     return max(1, min(wanted, count // (4 * step), room))
 
@@ -399,31 +259,34 @@ def stripe(count: int, length: int) -> int:
 
 
 def dims(x: Tensor, width: int | None = None) -> dict[str, Any]:
-    interpreted = triton_status() == "interpreted"
-    nvidia = torch.version.hip is None and not interpreted
-    constants = dims_for(x, nvidia, width)
-    return constants | {"UPCAST": interpreted and x.dtype == torch.bfloat16}
+    table = target(x)
+    constants = dims_for(x, TABLES[table].tf32, width, TABLES[table].widths)
+    return constants | {"UPCAST": table == "interpreted" and x.dtype == torch.bfloat16}
 
 
-def dims_for(x: Tensor, nvidia: bool, width: int | None = None) -> dict[str, Any]:
+def dims_for(
+    x: Tensor, tf32: bool, width: int | None = None, widths: dict[int, int] = WIDTHS
+) -> dict[str, Any]:
     """How the embedding dimension is cut, and the precision of its products.
 
-    tf32x3 keeps float32's digits on NVIDIA's tensor cores; AMD and the interpreter have ieee.
+    tf32x3 keeps float32's digits on tensor cores that have tf32; others, and the interpreter,
+    have ieee.
     """
     dim = x.shape[1]
-    width = min(max(16, 1 << (dim - 1).bit_length()), width or WIDTHS[x.element_size()])
+    most = widths[x.element_size()]
+    width = min(max(16, 1 << (dim - 1).bit_length()), width or most, most)
     return {
         "WIDTH": width,
         "CHUNKS": -(-dim // width),
         "FULL": dim % width == 0,
-        "PRECISION": "tf32x3" if nvidia else "ieee",
+        "PRECISION": "tf32x3" if tf32 else "ieee",
         "UPCAST": False,
     }
 
 
 def gradient_precision(x: Tensor) -> str:
     """float16 operands are exact in tf32, whose range the gradient of S needs; see `into`."""
-    if torch.version.hip is not None or triton_status() == "interpreted":
+    if not TABLES[target(x)].tf32:
         return "ieee"
     return "tf32" if x.dtype == torch.float16 else "tf32x3"
 

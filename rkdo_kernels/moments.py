@@ -172,26 +172,26 @@ def recursion_moments(
     exclude: list[int],
     detach_target: bool,
     needs: Needs,
+    table: Tensor,  # see quadrature.table
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [N], [N, degree + 1], [N], [0], [0]
     """For a small batch the gradient, if one is needed, instead of what it follows from; see
     tiled.py's."""
     if any(needs):
         loss, *gradients = single_launch.recursion_moments(
-            queries, keys, scales, alpha, bound, degree, exclude, detach_target
+            queries, keys, scales, alpha, bound, degree, exclude, detach_target, table
         )
         gradients = [
             g if need else g.new_empty(0) for g, need in zip(gradients, needs, strict=True)
         ]
         nothing = loss.new_empty(0)
         return loss, nothing, nothing.clone(), *gradients
-    settings = tuple(scales), alpha, bound, str(queries.device)
-    table = quadrature.table(degree, *settings)
     loss = queries.new_empty(len(queries), dtype=torch.float64)
     at_positive = torch.empty_like(loss)
     weights = loss.new_empty(len(queries), degree + 1)
     pasts = loss.new_empty(len(scales) * PASTS * len(queries))
     rows = Rows(table, loss, weights, at_positive, pasts, len(scales) - 1, detach_target)
-    parts = launch_moments(queries, keys, table[-1], bound, degree, exclude, rows)
+    scale = quadrature.scale(table, degree, rows.depth)
+    parts = launch_moments(queries, keys, scale, bound, degree, exclude, rows)
     if len(parts) > 1:
         queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
         _recursion_rows[(triton.cdiv(len(queries), 32),)](

@@ -32,6 +32,7 @@ def recursion_moments(
     exclude: list[int],  # diagonals without weight; the first is the positives'
     detach_target: bool,
     needs: Needs,
+    table: Tensor,  # see quadrature.table
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [N], [N, degree + 1], [N], [N, D], [M, D]
     """The loss and, as `needs` says, its coefficients and gradient at the positive, or that of
     the rows' sum to queries and keys in float32 (float64 for float64 inputs).
@@ -39,7 +40,7 @@ def recursion_moments(
     gradient = any(needs)
     run = Run(queries, keys, needs)
     queries, keys = run.gradients.queries, run.gradients.keys
-    rule = quadrature.rule(degree, tuple(scales), alpha, bound, str(queries.device))
+    rule = quadrature.rule(table, degree, scales, alpha)
     positives = keys.narrow(0, exclude[0], len(queries))
     positive = (queries * positives).sum(1, dtype=sums(queries))
     x_scale, e_scale = 1 / bound, rule.weight * bound

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import chebyshev, tiled
+from . import chebyshev, quadrature, tiled
 from .needs import asked, handed, rooms
 from .once import no_second_derivative, once
 from .ratios import log_ratios
@@ -257,9 +257,10 @@ self_sums.register_autograd(_self_sums_gradient, setup_context=_self_sums_setup)
 
 
 @custom_op("rkdo_kernels::recursion_moments", mutates_args=())
-def recursion_moments(
+def recursion_by_table(
     queries: Tensor,  # [N, D]
     keys: Tensor,  # [M, D]
+    table: Tensor,  # see quadrature.table
     scales: Sequence[float],  # c_t for t = 0..depth
     alpha: float,
     bound: float,
@@ -279,12 +280,13 @@ def recursion_moments(
     not wanted is empty.
     """
     return implementation(backend).recursion_moments(
-        queries, keys, list(scales), alpha, bound, degree, list(exclude), detach_target, needs
-    )
+        queries, keys, list(scales), alpha, bound, degree, list(exclude), detach_target, needs,
+        table,
+    )  # fmt: skip
 
 
-@recursion_moments.register_fake
-def _(queries, keys, scales, alpha, bound, degree, exclude, detach_target, needs, backend,
+@recursion_by_table.register_fake
+def _(queries, keys, table, scales, alpha, bound, degree, exclude, detach_target, needs, backend,
       to_queries=None, to_keys=None):  # fmt: skip
     n, nothing = queries.shape[0], queries.new_empty(0, dtype=row_dtype(queries))
     loss = nothing.new_empty(n)
@@ -295,28 +297,52 @@ def _(queries, keys, scales, alpha, bound, degree, exclude, detach_target, needs
 
 
 def _recursion_moments_setup(ctx, inputs, output):
-    queries, keys, scales, _, ctx.bound, _, ctx.exclude, _, ctx.formed, ctx.backend, *_ = inputs
+    queries, keys, _, scales, _, ctx.bound, _, ctx.exclude, _, ctx.formed, ctx.backend, *_ = inputs
     ctx.weight = chebyshev.middle(scales)
     ctx.save_for_backward(queries, keys, *output[1:])
 
 
 def _recursion_moments_gradient(ctx, d_loss, *_):
     queries, keys, weights, at_positive, *gradients = ctx.saved_tensors
-    needs = asked(ctx, 10)
+    needs = asked(ctx, 11)
     if any(ctx.formed):  # asked for only where every row's loss weighs the same
         results = [g * d_loss[0].to(g.dtype) for g in gradients]
-        return handed(ctx, [once(x, queries, keys) for x in results], 10)
+        return handed(ctx, [once(x, queries, keys) for x in results], 11)
     weight = torch.full((), ctx.weight, dtype=d_loss.dtype, device=d_loss.device)
     results = moments_backward(
         queries, keys, weight, ctx.bound, weights * d_loss[:, None], ctx.exclude,
         at_positive * d_loss, needs, ctx.backend,
     )  # fmt: skip
-    return handed(ctx, results, 10)
+    return handed(ctx, results, 11)
 
 
-recursion_moments.register_autograd(
+recursion_by_table.register_autograd(
     _recursion_moments_gradient, setup_context=_recursion_moments_setup
 )
+
+
+def recursion_moments(
+    queries: Tensor,
+    keys: Tensor,
+    scales: Sequence[float],
+    alpha: float,
+    bound: float,
+    degree: int,
+    exclude: Sequence[int],
+    detach_target: bool,
+    needs: Sequence[bool],
+    backend: str,
+    to_queries: Tensor | None = None,
+    to_keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`recursion_by_table`, with the table of these settings."""
+    table = quadrature.table(degree, tuple(scales), alpha, bound, queries.device)
+    if not torch.compiler.is_compiling():
+        table = quadrature.in_mode(table)
+    return recursion_by_table(
+        queries, keys, table, scales, alpha, bound, degree, exclude, detach_target, needs, backend,
+        to_queries, to_keys,
+    )  # fmt: skip
 
 
 # ---- softmax sums --------------------------------------------------------------------------------
@@ -514,6 +540,6 @@ for operator in (
 ):  # fmt: skip
     operator.register_autograd(no_second_derivative)
 
-for operator in (moments, both_sums, self_sums, recursion_moments, softmax_sums, recursion):
+for operator in (moments, both_sums, self_sums, recursion_by_table, softmax_sums, recursion):
     for device_type in ("cpu", "cuda"):
         operator.register_autocast(device_type, torch.float32)

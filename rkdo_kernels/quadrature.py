@@ -11,10 +11,13 @@ the gradient's values at the nodes are what interpolates to  ∂loss_i/∂S_ij =
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import chebyshev
 from .constants import host_constant
@@ -34,31 +37,51 @@ class Rule:
 
 
 @host_constant
-def rule(degree: int, scales: tuple[float, ...], alpha: float, bound: float, device: str) -> Rule:
-    """Made on the host, copied to a device once."""
-    depth = len(scales) - 1
-    monomials = chebyshev.monomials(degree)
-    tilt = torch.tensor(chebyshev.tilts(scales, bound), dtype=torch.float64)
-    growth = torch.exp(tilt[:, None] * chebyshev.nodes(degree))
-    age = torch.arange(depth)[:, None] - torch.arange(depth)
-    mix = alpha * (1 - alpha) ** age.clamp_min(0).double() * (age >= 0)
-    tables = (
-        monomials, growth, (growth @ monomials).T, torch.tensor(scales, dtype=torch.float64), mix
-    )  # fmt: skip
-    dtype = torch.float32 if device.startswith("mps") else torch.float64
-    one_hot = depth == 1 and degree == 0 and alpha == 0
-    a, b, c, d, e = (x.to(device=device, dtype=dtype).contiguous() for x in tables)
-    return Rule(a, b, c, d, e, chebyshev.middle(scales), one_hot)
-
-
-@host_constant
 def table(
-    degree: int, scales: tuple[float, ...], alpha: float, bound: float, device: str
+    degree: int, scales: tuple[float, ...], alpha: float, bound: float, device: torch.device
 ) -> Tensor:
-    """For a kernel, in float64: the rule's monomials, growth and scales, then α and c."""
-    r = rule(degree, scales, alpha, bound, device)
-    rest = r.scales.new_tensor([alpha, r.weight])
-    return torch.cat([r.monomials.flatten(), r.growth.flatten(), r.scales, rest])
+    """Of a rule, in float64: monomials, growth, scales, α and c, which a kernel reads; sums, mix.
+
+    Made on the host, copied to a device once, and an argument of the operator that needs it: made
+    within, it would lie in the memory of a CUDA graph that is being recorded. It is a tensor with
+    numbers whatever mode it was asked for in: it outlives the mode.
+    """
+    depth = len(scales) - 1
+    with _disable_current_modes(), torch.device("cpu"):
+        monomials = chebyshev.monomials(degree)
+        tilt = torch.tensor(chebyshev.tilts(scales, bound), dtype=torch.float64)
+        growth = torch.exp(tilt[:, None] * chebyshev.nodes(degree))
+        age = torch.arange(depth)[:, None] - torch.arange(depth)
+        mix = alpha * (1 - alpha) ** age.clamp_min(0).double() * (age >= 0)
+        rest = torch.tensor([*scales, alpha, chebyshev.middle(scales)], dtype=torch.float64)
+        parts = monomials, growth, rest, (growth @ monomials).T, mix
+        whole = torch.cat([x.flatten() for x in parts])
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return whole.to(device=device, dtype=dtype)
+
+
+def in_mode(table: Tensor) -> Tensor:
+    """As an argument of an operator: a mode of fake tensors may refuse others beside them."""
+    mode: Any = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return table if mode is None or mode.allow_non_fake_inputs else mode.from_tensor(table)
+
+
+def scale(table: Tensor, degree: int, depth: int) -> Tensor:  # []
+    """c, where a table has it."""
+    return table[(degree + 1) * (degree + depth + 2) + depth + 2]
+
+
+def rule(table: Tensor, degree: int, scales: Sequence[float], alpha: float) -> Rule:
+    """The parts of a table."""
+    nodes, steps = degree + 1, len(scales)
+    depth = steps - 1
+    sizes = nodes * nodes, steps * nodes, steps, 2, nodes * steps, depth * depth
+    monomials, growth, c, _, sums, mix = table.split(sizes)
+    return Rule(
+        monomials.view(nodes, nodes), growth.view(steps, nodes), sums.view(nodes, steps), c,
+        mix.view(depth, depth), chebyshev.middle(tuple(scales)),
+        one_hot=depth == 1 and degree == 0 and alpha == 0,
+    )  # fmt: skip
 
 
 def recursion(

@@ -11,8 +11,9 @@ import triton.language as tl
 
 from .primitives import load_rows
 
-PASTS = 4  # of every t: q at the positive, 1 / Z, w at the positive, pull
-Q, SHARE, W, PULL = (tl.constexpr(what) for what in range(PASTS))
+PASTS = 5  # of every t: q at the positive, 1 / Z, w at the positive, pull twice over
+Q, SHARE, W, PULL = (tl.constexpr(what) for what in range(PASTS - 1))
+WORDS = tl.constexpr(PASTS)
 TINY64 = tl.constexpr(2.2250738585072014e-308)
 
 
@@ -25,7 +26,7 @@ def _recursion_rows(
     loss_ptr,  # [N]                        out, fp64
     weights_ptr,  # [N, DEGREE + 1]         out, fp64
     at_positive_ptr,  # [N]                 out, fp64
-    pasts_ptr,  # [depth + 1, 4, N]         room: see PASTS, fp64
+    pasts_ptr,  # [depth + 1, PASTS, N]     room: see PASTS, fp64
     queries_stride,
     keys_stride,
     n,
@@ -122,9 +123,9 @@ def recursion_rows(
         put(pasts_ptr, Q, t, i, n, q)
         put(pasts_ptr, SHARE, t, i, n, inverse * q)
         put(pasts_ptr, W, t, i, n, w)
-        put(pasts_ptr, PULL, t, i, n, zero)
     tl.store(loss_ptr + i, loss, mask=kept)  # not kept: below every register is needed
     tl.store(at_positive_ptr + i, at_positive, mask=kept)
+    tl.debug_barrier()  # where threads outnumber rows, several hold a row, and one of them stores
 
     loss = zero
     r = repeat(zero, DEGREE + 1)
@@ -163,14 +164,17 @@ def recursion_rows(
                     growth = tl.load(growth_ptr + past * (DEGREE + 1) + node)
                     pull += weighted[node] * growth
                 pull = get(pasts_ptr, Q, past, i, n) * w + get(pasts_ptr, SHARE, past, i, n) * pull
-                pull = get(pasts_ptr, PULL, past, i, n) + factor * pull
-                put(pasts_ptr, PULL, past, i, n, pull)
+                pull *= factor
+                if back > 0:
+                    pull += get(pasts_ptr, PULL + (t - 1) % 2, past, i, n)
+                put(pasts_ptr, PULL + t % 2, past, i, n, pull)
                 factor *= 1 - alpha
+            tl.debug_barrier()
     loss += tl.load(loss_ptr + i, mask=kept, other=0.0)
     at_positive = tl.load(at_positive_ptr + i, mask=kept, other=0.0)
     if not DETACH:
         for t in range(depth):
-            pull = tl.load(scales_ptr + t) * get(pasts_ptr, PULL, t, i, n)
+            pull = tl.load(scales_ptr + t) * get(pasts_ptr, PULL + depth % 2, t, i, n)
             at_positive -= get(pasts_ptr, Q, t, i, n) * pull
             pull *= get(pasts_ptr, SHARE, t, i, n)
             next_g = ()
@@ -178,6 +182,7 @@ def recursion_rows(
                 growth = tl.load(growth_ptr + t * (DEGREE + 1) + node)
                 next_g = next_g + (g[node] - growth * pull,)
             g = next_g
+    tl.debug_barrier()
     tl.store(loss_ptr + i, loss, mask=kept)
     tl.store(at_positive_ptr + i, at_positive, mask=kept)
     for power in tl.static_range(DEGREE + 1):
@@ -188,14 +193,14 @@ def recursion_rows(
 
 
 @triton.jit
-def put(pasts_ptr, what: tl.constexpr, t, i, n, x):
-    at = pasts_ptr + (4 * t + what) * tl.cast(n, tl.int64) + i
+def put(pasts_ptr, what, t, i, n, x):
+    at = pasts_ptr + (WORDS * t + what) * tl.cast(n, tl.int64) + i
     tl.store(at, x, mask=i < n)
 
 
 @triton.jit
-def get(pasts_ptr, what: tl.constexpr, t, i, n):
-    at = pasts_ptr + (4 * t + what) * tl.cast(n, tl.int64) + i
+def get(pasts_ptr, what, t, i, n):
+    at = pasts_ptr + (WORDS * t + what) * tl.cast(n, tl.int64) + i
     return tl.load(at, mask=i < n, other=0.0)
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, quadrature
+from . import launch
 from .checks import SLACK
 from .moments_gradient import at_partners
 from .primitives import LOG2E, into, leave_out, load_rows, row_polynomials, store_rows
@@ -215,12 +215,12 @@ def recursion_moments(
     degree: int,
     exclude: list[int],
     detach_target: bool,
+    table: Tensor,  # see quadrature.table
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N] fp64, [N, D] fp32, [M, D] fp32
     """The loss, and the gradient of its sum to queries and keys."""
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     (n, dim), m = queries.shape, keys.shape[0]
     config = launch.config("single_launch", queries)
-    table = quadrature.table(degree, tuple(scales), alpha, bound, str(queries.device))
     loss = queries.new_empty(n, dtype=torch.float64)
     room = queries.new_empty((2 * degree + 4 + PASTS * len(scales)) * n, dtype=torch.float64)
     tiles = triton.cdiv(n, config.rows) * triton.cdiv(m, config.cols)

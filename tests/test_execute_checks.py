@@ -54,6 +54,7 @@ def test_the_gaps_between_rows_are_outside():
     address = "mad.wide.u32 %rd10, %r0, 16, %rd0;"
     clean(f"{address} ld.global.v2.b32 {{%r1, %r2}}, [%rd10];", x)
     assert one(f"{address} ld.global.b32 %r1, [%rd10+8];", x) == {OUTSIDE_READ}
+    assert one(f"{address} ld.global.b32 %r1, [%rd10+8];", x, x) == {OUTSIDE_READ}  # given twice
 
 
 def test_views_of_one_storage_have_it_together():

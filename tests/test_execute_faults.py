@@ -109,3 +109,15 @@ st.global.b32 [%rd12], %f1;"""
     rows = examine([prepared(body, x, torch.zeros(32))], most=1)
     assert rows["load's mask removed"].other_result == 1
     assert not x.isnan().any()
+
+
+def test_views_of_one_storage_are_examined_apart():
+    """A store past the first view is in the second, which is written last: only bounds tell."""
+    body = """mad.wide.u32 %rd10, %r0, 4, %rd0; mad.wide.u32 %rd11, %r0, 4, %rd1;
+setp.lt.u32 %p1, %r0, 20; @%p1 st.global.b32 [%rd10], %r0;
+\tbar.sync 0; @%p1 st.global.b32 [%rd11], %r0;"""
+    both = ints(52)
+    rows = examine([prepared(body, both[:20], both[20:40])], most=4)
+    assert rows["store's mask removed"].reported == 2
+    split = prepared(body, both[:20], both[24:40])  # reaches past its second view: as it is
+    assert faults.apart(split) is split

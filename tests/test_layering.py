@@ -33,7 +33,8 @@ ARROWS = {
     "field_blocks": {"needs", "tiles"},
     "field_tiles": {"field_blocks", "needs", "rounding"},
     # Triton: kernels know their pieces and their launch tables
-    "launch": {"chebyshev", "constants"},
+    "launch": {"chebyshev", "constants", "launch_tables"},
+    "launch_tables": set(),
     "parts": {"launch", "primitives"},
     "recursion_rows": {"primitives"},
     "moments": {
@@ -51,7 +52,6 @@ ARROWS = {
         "launch",
         "moments_gradient",
         "primitives",
-        "quadrature",
         "recursion_rows",
     },
     "gradient_loop": {"parts", "primitives"},
@@ -74,9 +74,16 @@ ARROWS = {
         "primitives",
         "softmax_sums",
     },
-    "kernels": {"moments", "moments_gradient", "symmetric", "softmax_sums", "recursion"},
+    "kernels": {
+        "launch",
+        "moments",
+        "moments_gradient",
+        "symmetric",
+        "softmax_sums",
+        "recursion",
+    },
     # operators choose between kernels and tiles
-    "ops": {"chebyshev", "kernels", "needs", "once", "tiled", "ratios"},
+    "ops": {"chebyshev", "kernels", "needs", "once", "quadrature", "tiled", "ratios"},
     "field_ops": {"field", "field_tiles", "needs", "ops"},
     # the response field: p⁰, its two kinds of state, a batch of it, the class
     "initial": {"checks"},

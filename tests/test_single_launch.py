@@ -12,6 +12,7 @@ from rkdo_kernels import (
     launch,
     moments,
     moments_gradient,
+    quadrature,
     reference,
     rkdo_loss,
     rows,
@@ -177,8 +178,10 @@ def test_one_operand_may_be_a_constant_and_rows_lie_apart():
 
 def gradients(queries, keys, bound=1.0):
     """Loss by row, ∂Σ loss/∂queries and ∂Σ loss/∂keys."""
+    scales = [2.0, 2.1, 2.2]
+    table = quadrature.table(4, tuple(scales), 0.5, bound, queries.device)
     loss, nothing, none, d_queries, d_keys = kernels.recursion_moments(
-        queries, keys, [2.0, 2.1, 2.2], 0.5, bound, 4, [len(keys) - len(queries)], False, BOTH
+        queries, keys, scales, 0.5, bound, 4, [len(keys) - len(queries)], False, BOTH, table
     )
     assert nothing.numel() == none.numel() == 0
     assert (loss.dtype, d_queries.dtype, d_keys.dtype) == (torch.float64, *2 * [torch.float32])

@@ -22,8 +22,6 @@ from triton.compiler import ASTSource
 
 from rkdo_kernels import field_ops, launch, ops, small
 
-from ..targets import TARGETS
-
 KINDS = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
     torch.int64: "i64", torch.int32: "i32",
@@ -123,7 +121,6 @@ def kernel_names() -> set[str]:
 @contextmanager
 def launches_for(target: str, receive: Callable[[Launch], None]) -> Iterator[None]:
     """Within, calls on CPU tensors launch kernels as on the target, and `receive` gets each."""
-    amd = TARGETS[target].amd
 
     def backend_for(name: str, x: Tensor) -> str:
         return "triton" if name == "auto" and x.dtype != torch.float64 else name
@@ -133,9 +130,7 @@ def launches_for(target: str, receive: Callable[[Launch], None]) -> Iterator[Non
         def put(holder: Any, name: str, value: Any) -> None:
             patches.enter_context(patch.object(holder, name, value))
 
-        put(launch, "config", lambda kernel, x: launch.launch_config(kernel, x, target))
-        put(launch, "dims", lambda x, width=None: launch.dims_for(x, not amd, width))
-        put(launch, "gradient_precision", partial(gradient_precision, amd))
+        put(launch, "target", lambda x: target)
         put(launch, "backend_for", backend_for)
         put(small, "MAX_ENTRIES", 0)
         for kernel, places in jitted().values():
@@ -143,9 +138,3 @@ def launches_for(target: str, receive: Callable[[Launch], None]) -> Iterator[Non
             for module, name in places:
                 put(module, name, catcher)
         yield
-
-
-def gradient_precision(amd: bool, x: Tensor) -> str:
-    if amd:
-        return "ieee"
-    return "tf32" if x.dtype == torch.float16 else "tf32x3"

@@ -167,6 +167,24 @@ def with_nan_rows(launch: Launch) -> Launch:
     return replace(launch, arguments=arguments)
 
 
+def apart(launch: Launch) -> Launch:
+    """The launch with its views of one storage in storages of their own, so that bounds are exact;
+    itself where the kernel reaches from one view into another, as the parts of a split do."""
+    places: dict[object, torch.Tensor] = {}
+    arguments = []
+    for kind, value in launch.arguments:
+        if isinstance(value, torch.Tensor):
+            place = value.data_ptr(), value.size(), value.stride(), value.dtype
+            own = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
+            value = places.setdefault(place, own.copy_(value))
+        arguments.append((kind, value))
+    alone = replace(launch, arguments=arguments)
+    before, _ = execution_of(launch, launch.ptx)
+    after, _ = execution_of(alone, launch.ptx)
+    kinds = [{violation.kind for violation in done.violations} for done in (before, after)]
+    return alone if kinds[1] <= kinds[0] else launch
+
+
 def storages_of(launch: Launch) -> list[torch.Tensor]:
     """What its tensors stand in, as bytes, each once."""
     storages = {
@@ -185,7 +203,7 @@ def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
 def examine(launches: Iterable[Launch], most: int, seed: int = 0) -> dict[str, Row]:
     """Seeds at most so many faults of each kind in every launch: kind → what became of them."""
     rows = {kind: Row() for kind in FAULTS}
-    for launch in launches:
+    for launch in map(apart, launches):
         right, results = execution_of(launch, launch.ptx)
         known = {violation.kind for violation in right.violations}
         hostile = with_nan_rows(launch)

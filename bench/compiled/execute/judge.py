@@ -82,12 +82,13 @@ def scored(call: AnyCall, found: Outcome) -> dict[str, Score]:
     for name, exact in true.items():
         held = beside[name]
         rounded = found[name].dtype == dtype  # a gradient, which is rounded to the inputs' dtype
-        eps = torch.finfo(dtype if rounded else torch.float32).eps
+        unit = torch.finfo(dtype if rounded else torch.float32)
         size = largest(exact)
         if not size:
             size = 1.0  # an error of what is zero counts as it is
         eager = largest(held.double() - exact) / size
-        allowed = 2 * (eager if eager < float("inf") else 0.0) + eps + FLOAT64_ROUNDING
+        allowed = 2 * (eager if eager < float("inf") else 0.0) + unit.eps + FLOAT64_ROUNDING
+        allowed += unit.smallest_normal * unit.eps / size  # the least step, of small numbers
         scores[name] = Score(largest(found[name].double() - exact) / size, allowed)
     return scores
 

@@ -198,10 +198,11 @@ def _ranges(tensors: list[torch.Tensor]) -> list[tuple[int, int, int, int, int]]
     A tensor's own and no other part of its storage: the gaps between its rows are outside. Where
     several arguments are views of one storage the kernel divides that up itself, and has it whole.
     """
-    storages: dict[int, list[torch.Tensor]] = {}
+    storages: dict[int, dict[object, torch.Tensor]] = {}
     for x in tensors:
-        storages.setdefault(x.untyped_storage().data_ptr(), []).append(x)
-    return [_range(views) for views in storages.values()]
+        views = storages.setdefault(x.untyped_storage().data_ptr(), {})
+        views[x.data_ptr(), x.shape, x.stride(), x.dtype] = x  # once, if it is given twice
+    return [_range(list(views.values())) for views in storages.values()]
 
 
 def _range(views: list[torch.Tensor]) -> tuple[int, int, int, int, int]:
