@@ -45,6 +45,18 @@ SHARED = {  # bytes of shared memory that a device gives a program, as its maker
     "gfx90a": 64 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10, "gfx1100": 64 << 10,
 }  # fmt: skip
 TENSOR_COLUMNS = 512  # of tensor memory, where there is one
+QUICK = (  # target, part of a kernel's name, D, dtype: what devices refused, and each compiler
+    ("sm_90", "_moments_bwd", 192, "bf16"),
+    ("sm_90", "_moments_bwd", 256, "fp16"),
+    ("sm_86", "_both_sums_fwd", 256, "bf16"),
+    ("sm_86", "_moments_bwd", 256, "fp16"),
+    ("sm_75", "_moments_bwd", 192, "fp16"),
+    ("sm_120", "_softmax_sums_fwd", 512, "fp32"),
+    ("sm_100", "_moments_fwd", 64, "bf16"),
+    ("gfx942", "_both_sums", 64, "bf16"),
+    ("gfx942", "_softmax_sums_fwd", 128, "fp16"),
+    ("gfx1100", "_both_sums_fwd", 128, "fp32"),
+)
 DEGREE = 12  # the highest that a loss takes
 
 
@@ -66,8 +78,8 @@ def views(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return queries.requires_grad_(), keys.requires_grad_()
 
 
-def calls(d: int, dtype: torch.dtype, aligned: bool) -> Iterator[Callable[[], Any]]:
-    """Of every kernel, one that needs most: aligned, every size and stride is a multiple of 16."""
+def losses(d: int, dtype: torch.dtype, aligned: bool) -> Iterator[Callable[[], Any]]:
+    """Every kernel of a loss: aligned, every size and stride is a multiple of 16."""
     n = 144 if aligned else 149
 
     def loss(function: Callable[..., Tensor], n: int = n, **settings: Any) -> None:
@@ -83,6 +95,12 @@ def calls(d: int, dtype: torch.dtype, aligned: bool) -> Iterator[Callable[[], An
     yield partial(loss, rk.nt_xent)
     yield partial(loss, rk.icon_loss, kernel="student")
     yield partial(loss, rk.similarity_moments, temperature=0.3, degree=DEGREE)
+
+
+def calls(d: int, dtype: torch.dtype, aligned: bool) -> Iterator[Callable[[], Any]]:
+    """Of every kernel."""
+    yield from losses(d, dtype, aligned)
+    n = 144 if aligned else 149
     index = torch.arange(n).flip(0)
     for stored, where in product((torch.bfloat16, torch.float32), (slice(0, n), index)):
         yield partial(steps, ResponseField.dense(n, dtype=stored), n, d, dtype, where)
@@ -121,6 +139,22 @@ def launched(
                     for call in calls(d, DTYPES[dtype], aligned):
                         call()
     return found
+
+
+def quick() -> Iterator[Need]:
+    """A selection, in a minute: aligned, whose walks are not split."""
+    for target, kernel, d, dtype in QUICK:
+        found: dict[str, Launch] = {}
+
+        def keep(got: Launch, kernel: str = kernel, found: dict[str, Launch] = found) -> None:
+            if kernel in got.name:
+                found.setdefault(program(got), got)
+
+        with launches_for(table(target), keep):
+            for call in losses(d, DTYPES[dtype], True):
+                call()
+        for got in found.values():
+            yield need(target, f"d={d} {dtype} aligned", got)
 
 
 def program(got: Launch) -> str:
@@ -243,6 +277,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kernel", metavar="PART", default="", help="only kernels named so")
     parser.add_argument("--dtype", action="append", metavar="NAME", help="bf16, fp16 or fp32")
     parser.add_argument("--dim", action="append", type=int, metavar="D")
+    parser.add_argument("--quick", action="store_true", help="a selection, in a minute")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="JSON lines")
     chosen = parser.parse_args(arguments)
@@ -258,16 +293,22 @@ def main(arguments: list[str]) -> int:
         for target in chosen.target or SHARED
         for part in range(parts)
     ]
+    if chosen.quick:
+        return verdict(list(quick()), chosen.out)
     every: list[Need] = []
     with multiprocessing.Pool(parts) as pool:
         for found in pool.imap_unordered(share, tasks):
             every += found
-            for x in found:
-                if x.wrong:
-                    print(x.target, x.kernel, x.where, x.tile, x.wrong, sep="  ", flush=True)
-            print(f"{found[0].target}: {len(found)} more" if found else "", file=sys.stderr)
-    if chosen.out:
-        chosen.out.write_text("".join(json.dumps(asdict(x)) + "\n" for x in every))
+            print(f"{len(every)} programs", file=sys.stderr)
+    return verdict(every, chosen.out)
+
+
+def verdict(every: list[Need], out: Path | None) -> int:
+    for x in every:
+        if x.wrong:
+            print(x.target, x.kernel, x.where, x.tile, x.wrong, sep="  ")
+    if out:
+        out.write_text("".join(json.dumps(asdict(x)) + "\n" for x in every), encoding="utf-8")
     wrong = sum(bool(x.wrong) for x in every)
     print(f"{len(every)} programs, {wrong} refused")
     return 1 if wrong else 0

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+from rkdo_kernels.launch_tables import before_39
+
 from .static import Resources
 from .targets import TARGETS
 
@@ -116,6 +118,10 @@ SCATTERED = "every entry of the field's block has an address of its own"
 WAIVERS = (
     Waiver("sm_90", "moments* dk", "fp32", "512", "matrix kind", SPLIT),
     Waiver("sm_90", "field_dk *", "fp32", "512", "matrix kind", SPLIT),
+    *(  # 3.9 keeps 64 of both in registers: launch_tables.BEFORE_39
+        Waiver("sm_90", "moments* dk", "fp32", "64", "matrix kind", SPLIT)
+        for _ in range(before_39())
+    ),
     Waiver("gfx942", "field_*", "*", "*", "16-byte stores", NARROW),
     *(
         Waiver("*", "field_* gathered *", "*", "*", f"16-byte {what}", SCATTERED)

@@ -180,7 +180,7 @@ ARCH_CONFIGS = {
     ("sm_100", "both_sums_bwd", 2, True): Config(128, 64, 8, 1),
     ("sm_100", "both_sums_bwd", 4, False): Config(64, 64, 8, 1),
     ("sm_100", "both_sums_bwd", 4, True): Config(64, 64, 8, 1),
-    ("gfx942", "both_sums", 2, True): Config(64, 128, 8, 2),
+    ("gfx942", "both_sums", 2, True): Config(64, 128, 8, 1),
     ("gfx942", "both_sums", 4, True): Config(64, 64, 4, 1),
     ("gfx942", "both_sums_bwd", 2, False): Config(128, 64, 4, 1),
     ("gfx942", "both_sums_bwd", 2, True): Config(128, 32, 4, 1),
@@ -243,7 +243,7 @@ ARCH_CONFIGS = {
 # Where an embedding has two chunks: a loop of one turn is none to the compiler, which then holds
 # the second chunk in shared memory for every stage of the loop around it.
 TWO_CHUNKS = {
-    ("sm_90", "moments_dk", 2): Config(64, 64, 4, 2),
+    ("sm_90", "moments_dk", 2): Config(128, 64, 8, 1),
     ("sm_86", "moments_dk", 2): Config(64, 64, 8, 1),
 }
 # Where Triton before 3.9 spills what 3.9 keeps in registers.
