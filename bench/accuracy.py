@@ -2,8 +2,9 @@
 
     error ≤ 2 · (eager's error) + one ulp of the largest true entry
 
-for the loss and for every gradient, errors and magnitudes being maxima over the tensor. Ours return
-float32 whatever comes in, so that their bfloat16 and float16 losses are held to float32's error.
+for the loss and for every gradient, errors and magnitudes being maxima over the tensor. Ours round
+half precision once on the way in and once on the way out, so that in bfloat16 and float16 they are
+held to eager in float32 with the same numbers, its gradients rounded to the inputs' dtype.
 Truth and eager's error come by blocks of rows, so that they exist where the materialised loss no
 longer fits.
 """
@@ -18,7 +19,6 @@ from torch import Tensor
 from .contenders import Contender, Loss, in_chunks
 
 BLOCK = 512  # rows
-IN_FLOAT32 = "value in float32"
 ROUNDING = 64 * torch.finfo(torch.float64).eps  # the truth's own, times 1/τ ≤ 100
 
 
@@ -44,20 +44,22 @@ def truth(contender: Contender, inputs: dict[str, Tensor], dtype: torch.dtype) -
     return evaluate(loss, exact)
 
 
-def eager_in(contender: Contender, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Eager PyTorch in the inputs' dtype; and the loss in float32, for those that return it."""
+def eager_in(
+    contender: Contender, inputs: dict[str, Tensor]
+) -> dict[bool, dict[str, Tensor]]:  # by whether a contender returns its loss in float32
+    """Eager PyTorch in the inputs' dtype, and in float32 with its gradients then rounded to it."""
     dtype = inputs["queries"].dtype
-    found = truth(contender, inputs, dtype)
-    found[IN_FLOAT32] = found["value"]
+    same = truth(contender, inputs, dtype)
+    once = same
     if dtype.itemsize == 2:
-        found[IN_FLOAT32] = truth(contender, inputs, torch.float32)["value"]
-    found["value"] = found["value"].to(dtype)
-    return found
+        once = truth(contender, inputs, torch.float32)
+        once |= {name: once[name].to(x.dtype) for name, x in inputs.items()}
+    return {False: same | {"value": same["value"].to(dtype)}, True: once}
 
 
 def judge(
     found: dict[str, Tensor],
-    eager: dict[str, Tensor],
+    eager: dict[bool, dict[str, Tensor]],
     true: dict[str, Tensor],
     in_float32: bool,
 ) -> Accuracy:
@@ -66,7 +68,7 @@ def judge(
     for name, exact in true.items():
         size = largest(exact)
         error = largest(found[name].double() - exact)
-        beside = eager[IN_FLOAT32 if in_float32 and name == "value" else name]
+        beside = eager[in_float32][name]
         eagers = largest(beside.double() - exact)
         ulp = torch.finfo(beside.dtype).eps * size
         limit = 2 * (eagers if eagers < float("inf") else 0.0) + ulp + 100 * ROUNDING

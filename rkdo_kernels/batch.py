@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checks, launch, ops
 from .distributed import gather_keys
 from .needs import once_only
+from .once import no_transforms
 from .problem import out_of_autocast
 
 Index = Tensor | slice
@@ -58,7 +59,7 @@ def make_batch(
     queries, keys = out_of_autocast(queries, keys)
     checks.embeddings(queries, keys)
     checks.as_many("ResponseField", queries, keys)
-    checks.no_forward_mode(queries, keys)
+    no_transforms(queries, keys)
     if queries.device != device:
         raise ValueError(f"queries are on {queries.device}, the field on {device}: want one device")
     backend = launch.backend_for(backend, queries)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLACK = 1.01  # rows may pass the bound by what rounding to bfloat16 adds
@@ -82,15 +81,6 @@ def temperature(value: float | Tensor) -> None:
         raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
     if not (0 < value <= sys.float_info.max and 1 / value < math.inf):
         raise ValueError(f"temperature must be positive and finite, got {value}")
-
-
-def no_forward_mode(*values: Any) -> None:
-    """The operators have no forward-mode derivative, and would drop the tangent without a word."""
-    if torch.compiler.is_compiling():
-        return
-    for value in values:
-        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-            raise NotImplementedError("forward-mode derivatives are not there: use backward")
 
 
 def number(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from numbers import Integral, Real
+from threading import Thread, local
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ def plain(value: Any) -> Any:
 
 def host_constant(function: Callable[..., R]) -> Callable[..., R]:
     """Cached by the arguments; torch.compile calls it while tracing and keeps what it returns."""
-    cached = lru_cache(maxsize=1024)(function)
+    cached = lru_cache(maxsize=1024)(partial(_undisturbed, function))
 
     @wraps(function)
     def constant(*args: Any) -> R:
@@ -36,3 +37,29 @@ def host_constant(function: Callable[..., R]) -> Callable[..., R]:
     # What torch.compiler.assume_constant_result does, without its import of the whole compiler.
     constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return constant
+
+
+def _undisturbed(function: Callable[..., R], *args: Any) -> R:
+    """What is cached outlives the first call, and must not take after it: in a thread of its own
+    there are no fake tensors, no default device, no inference mode, no autocast, no transforms."""
+    if getattr(_thread, "undisturbed", False):
+        return function(*args)
+    result: list[R] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        _thread.undisturbed = True
+        try:
+            result.append(function(*args))
+        except BaseException as error:
+            raised.append(error)
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    return result[0]
+
+
+_thread = local()

@@ -107,13 +107,21 @@ def moments_backward(
     for start in range(0, n if needs[0] else 0, rows):
         stop = min(start + rows, n)
         g = run.stripe(room, start, stop, 0, m)
-        torch.mm(g, keys, out=d_queries[start:stop])
+        multiply(g, keys, d_queries[start:stop])
     for start in range(0, m if needs[1] else 0, cols):
         stop = min(start + cols, m)
         if rows < n or not needs[0]:
             g = run.stripe(room, 0, n, start, stop)
-        torch.mm(g.T, queries, out=d_keys[start:stop])
+        multiply(g.T, queries, d_keys[start:stop])
     return d_queries, d_keys
+
+
+def multiply(g: Tensor, x: Tensor, out: Tensor) -> None:
+    """g x of bfloat16 operands in float32: nothing is rounded before all is added up."""
+    if x.device.type == "cuda" and torch.version.hip is None:
+        torch.mm(g, x, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(g.float(), x.float(), out=out)
 
 
 class Stripes:

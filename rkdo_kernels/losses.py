@@ -13,11 +13,12 @@ from torch import Tensor
 
 from . import checks, launch, ops, reference, rows
 from .constants import plain
-from .problem import Problem, row_dot
+from .problem import Problem
 
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "triton", "tiled", "reference"]
 Kernel = Literal["gaussian", "student"]
+CANCELS = 0.25  # debias from which p's even part and q are subtracted entry by entry, not in sums
 REDUCTIONS, BACKENDS, KERNELS = get_args(Reduction), get_args(Backend), get_args(Kernel)
 
 
@@ -64,14 +65,14 @@ def rkdo_loss(
     if problem.backend == "reference":
         with problem.materialised():
             losses = reference.rkdo_loss(
-                problem.queries, problem.keys, temperature=problem.temperature, alpha=alpha,
+                *problem.wide(), temperature=problem.temperature, alpha=alpha,
                 depth=depth, cooling=cooling, detach_target=detach_target,
                 positive_offset=problem.offset,
             )  # fmt: skip
         return problem.reduce(losses, reduction)
     scales = degree = None
     if not isinstance(temperature, Tensor) and not problem.is_small():
-        scales = [1 / (temperature * (1 - cooling * t / depth)) for t in range(depth + 1)]
+        scales = [1 / (temperature * (1 - cooling * (t / depth))) for t in range(depth + 1)]
         degree = launch.rkdo_degree(scales, alpha, bound, problem.queries.dtype)
     if scales is None or bound is None or degree is None:
         losses = rows.rkdo_direct(problem, alpha, depth, cooling, detach_target)
@@ -111,21 +112,22 @@ def icon_loss(
     if problem.backend == "reference":
         with problem.materialised():
             losses = reference.icon_loss(
-                problem.queries, problem.keys, temperature=problem.temperature, debias=debias,
+                *problem.wide(), temperature=problem.temperature, debias=debias,
                 kernel=kernel, positive_offset=problem.offset,
             )  # fmt: skip
         return problem.reduce(losses, reduction)
     scale = problem.inverse_temperature()
-    if kernel == "student":
-        others, total = rows.student_sums(problem)
-        positive = -torch.log1p(problem.positive_distances())
+    student = kernel == "student"
+    positive = problem.student_logits() if student else problem.positive_similarities()
+    if student or debias > CANCELS:
+        others, total = rows.sums_and_total(problem, student)
         total = total + positive
+        if not student:  # its gradient from the sums, its value from the keys' sum: more digits
+            total = total + (problem.total_similarities() - total).detach()
         logit = scale * positive
         cross_entropy = torch.logaddexp(others - logit, torch.zeros_like(logit))
     else:
-        positive = problem.positive_similarities()
-        key_sum = problem.keys.sum(0, dtype=scale.dtype).to(ops.product_dtype(keys))
-        total = row_dot(problem.queries, key_sum[None])
+        total = problem.total_similarities()
         cross_entropy = rows.one_hot(problem, reduction)
     m = problem.keys.shape[0]
     share = torch.full_like(scale, debias / m)
@@ -174,7 +176,7 @@ def info_nce(
     if problem.backend == "reference":
         with problem.materialised():
             losses = reference.info_nce(
-                problem.queries, problem.keys, temperature=problem.temperature,
+                *problem.wide(), temperature=problem.temperature,
                 exclude_self=exclude_self, symmetric=symmetric, positive_offset=problem.offset,
             )  # fmt: skip
     elif symmetric:
@@ -210,9 +212,7 @@ def nt_xent(
     problem.as_one()
     if problem.backend == "reference":
         with problem.materialised():
-            losses = reference.nt_xent(
-                problem.queries, problem.keys, temperature=problem.temperature
-            )
+            losses = reference.nt_xent(*problem.wide(), temperature=problem.temperature)
     else:
         losses = rows.nt_xent(problem, reduction)
     return problem.reduce(losses, reduction)
@@ -248,17 +248,16 @@ def similarity_moments(
         raise ValueError("bound must be a number for moments, got None")
     problem = Problem(queries, keys, temperature, bound, 0, backend, paired=False)
     queries, keys, temperature = problem.queries, problem.keys, problem.temperature
-    if not isinstance(temperature, Tensor) and not launch.fixed_shift_is_safe(
-        temperature, bound, queries.dtype
-    ):
+    most = launch.exponent_range(queries.dtype)
+    if not isinstance(temperature, Tensor) and 2 * bound / temperature > most:
         raise ValueError(
-            f"temperature must be at least {2 * bound / launch.exponent_range(queries.dtype):.4g} "
+            f"temperature must be at least {2 * bound / most:.4g} "
             f"for moments with bound={bound:g}, got {temperature}"
         )
     if problem.backend == "reference":
         with problem.materialised():
             result = reference.similarity_moments(
-                queries, keys, temperature=temperature, degree=degree, bound=bound,
+                *problem.wide(), temperature=temperature, degree=degree, bound=bound,
                 exclude_self=exclude_self,
             )  # fmt: skip
         return problem.reduce(result, "none")
@@ -266,13 +265,17 @@ def similarity_moments(
     exclude = [0] if exclude_self else []
     learnable = isinstance(temperature, Tensor)
     m = ops.moments(
-        queries, keys, scale.detach(), bound, degree + learnable, exclude, problem.backend
-    )
+        queries, keys, scale.detach(), bound, degree + learnable, exclude, problem.backend,
+        *problem.stand_ins,
+    )  # fmt: skip
     if learnable:  # ∂M_k/∂c_0 = b M_{k+1}
-        safe = scale.detach() <= launch.exponent_range(queries.dtype) / (2 * bound)
+        safe = scale.detach() <= most / (2 * bound)
         m = rows.Sloped.apply(m[:, :-1], bound * m[:, 1:, None].detach(), scale[None])
         m = m * torch.where(safe, 1.0, float("nan"))
-    return problem.reduce(m * torch.exp(-bound * scale), "none")
+    exact = scale.detach()
+    rounded = ops.rounded_scale(exact, bound, queries, problem.backend)
+    shift = scale + (rounded - exact)  # as the sums have it: where S is near b it cancels
+    return problem.reduce(m * torch.exp(-bound * shift), "none")
 
 
 def similarity_logsumexp(
@@ -298,10 +301,7 @@ def similarity_logsumexp(
     if problem.backend == "reference":
         with problem.materialised():
             losses = reference.similarity_logsumexp(
-                problem.queries,
-                problem.keys,
-                temperature=problem.temperature,
-                exclude_self=exclude_self,
+                *problem.wide(), temperature=problem.temperature, exclude_self=exclude_self
             )
         return problem.reduce(losses, "none")
     return problem.reduce(rows.logsumexp(problem, exclude=[0] if exclude_self else []), "none")

@@ -3,10 +3,14 @@
 Row results are float64 (float32 on MPS, which has no float64): they are [N, few], and their digits
 decide the accuracy of everything computed from them. Scales are tensors, so that nothing has to
 read a learnable one; no operator has a gradient for them: rows.py adds it from their outputs.
+
+Gradients leave the operators in float32 (float64 for float64 inputs), and go to the stand-ins
+`to_queries` and `to_keys` if these are given: see stand_ins.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -15,7 +19,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import chebyshev, tiled
-from .needs import once_only, only, rooms
+from .needs import asked, handed, rooms
+from .once import no_second_derivative, once
 from .ratios import log_ratios
 
 
@@ -47,10 +52,20 @@ def moments(
     degree: int,
     exclude: Sequence[int],
     backend: str,
+    to_queries: Tensor | None = None,
+    to_keys: Tensor | None = None,
 ) -> Tensor:  # [N, degree + 1]
     """M_ik = Σ_j exp(c_0 S_ij) (S_ij / b)^k, but for the diagonals in `exclude`."""
     rows = implementation(backend).moments(queries, keys, scale, bound, degree, list(exclude))
     return rows.to(row_dtype(queries))
+
+
+def rounded_scale(scale: Tensor, bound: float, queries: Tensor, backend: str) -> Tensor:  # []
+    """c_0 as `moments` multiplies by it."""
+    dtype = product_dtype(queries)
+    if backend == "triton":
+        return (scale.to(dtype) * math.log2(math.e)).to(scale.dtype) * math.log(2)
+    return (scale * bound).to(dtype).to(scale.dtype) / bound
 
 
 @custom_op("rkdo_kernels::moments_backward", mutates_args=())
@@ -76,17 +91,17 @@ def moments_backward(
 
 
 @moments.register_fake
-def _(queries, keys, scale, bound, degree, exclude, backend):
+def _(queries, keys, scale, bound, degree, exclude, backend, to_queries=None, to_keys=None):
     return queries.new_empty(queries.shape[0], degree + 1, dtype=row_dtype(queries))
 
 
 @moments_backward.register_fake
 def _(queries, keys, scale, bound, weights, exclude, at_positive, needs, backend):
-    return rooms(queries, keys, needs)
+    return rooms(queries, keys, needs, product_dtype(queries))
 
 
 def _moments_setup(ctx, inputs, output):
-    queries, keys, scale, ctx.bound, ctx.degree, ctx.exclude, ctx.backend = inputs
+    queries, keys, scale, ctx.bound, ctx.degree, ctx.exclude, ctx.backend, *_ = inputs
     ctx.save_for_backward(queries, keys, scale)
 
 
@@ -98,11 +113,11 @@ def _moments_gradient(ctx, d_moments):
         k = torch.arange(1, ctx.degree + 1, dtype=weights.dtype, device=weights.device)
         slope = torch.nn.functional.pad(d_moments[:, 1:] * (k / ctx.bound), (0, 1))
         weights = weights + slope
-    needs = list(ctx.needs_input_grad[:2])
+    needs = asked(ctx, 7)
     gradients = moments_backward(
         queries, keys, scale, ctx.bound, weights, ctx.exclude, None, needs, ctx.backend
     )
-    return *only(needs, gradients), None, None, None, None, None
+    return handed(ctx, 7, gradients)
 
 
 moments.register_autograd(_moments_gradient, setup_context=_moments_setup)
@@ -119,6 +134,8 @@ def both_sums(
     exclude: Sequence[int],
     paired: bool,
     backend: str,
+    to_queries: Tensor | None = None,
+    to_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N], [M], [N] or [0]
     """Σ_j e_ij and Σ_i e_ij with e = exp(c S), but for the diagonals in `exclude`.
 
@@ -157,7 +174,7 @@ def both_sums_backward(
 
 
 @both_sums.register_fake
-def _(queries, keys, scale, exclude, paired, backend):
+def _(queries, keys, scale, exclude, paired, backend, to_queries=None, to_keys=None):
     rows = queries.new_empty(queries.shape[0], dtype=row_dtype(queries))
     positive = rows.new_empty(queries.shape[0] if paired else 0)
     return rows, rows.new_empty(keys.shape[0]), positive
@@ -165,29 +182,34 @@ def _(queries, keys, scale, exclude, paired, backend):
 
 @both_sums_backward.register_fake
 def _(queries, keys, scale, row_weights, col_weights, exclude, at_positive, needs, backend):
-    return rooms(queries, keys, needs)
+    return rooms(queries, keys, needs, product_dtype(queries))
 
 
 def _both_sums_setup(ctx, inputs, output):
-    queries, keys, ctx.scale, ctx.exclude, ctx.paired, ctx.backend = inputs
+    queries, keys, ctx.scale, ctx.exclude, ctx.paired, ctx.backend, *_ = inputs
     ctx.save_for_backward(queries, keys)
 
 
 def _both_sums_gradient(ctx, d_rows, d_cols, d_positive):
     queries, keys = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2])
+    needs = asked(ctx, 6)
     gradients = both_sums_backward(
         queries, keys, ctx.scale, d_rows, d_cols, ctx.exclude, d_positive if ctx.paired else None,
         needs, ctx.backend,
     )  # fmt: skip
-    return *only(needs, gradients), None, None, None, None
+    return handed(ctx, 6, gradients)
 
 
 both_sums.register_autograd(_both_sums_gradient, setup_context=_both_sums_setup)
 
 
 @custom_op("rkdo_kernels::self_sums", mutates_args=())
-def self_sums(images: Tensor, scale: float, backend: str) -> Tensor:  # [N, D] -> [N]
+def self_sums(
+    images: Tensor,  # [N, D]
+    scale: float,
+    backend: str,
+    to_images: Tensor | None = None,
+) -> Tensor:  # [N]
     """Σ_{j≠i} exp(c S_ij), S = images imagesᵀ."""
     return implementation(backend).self_sums(images, scale).to(row_dtype(images))
 
@@ -205,23 +227,25 @@ def self_sums_backward(
 
 
 @self_sums.register_fake
-def _(images, scale, backend):
+def _(images, scale, backend, to_images=None):
     return images.new_empty(images.shape[0], dtype=row_dtype(images))
 
 
 @self_sums_backward.register_fake
 def _(images, scale, weights, backend):
-    return images.new_empty(images.shape)
+    return images.new_empty(images.shape, dtype=product_dtype(images))
 
 
 def _self_sums_setup(ctx, inputs, output):
-    images, ctx.scale, ctx.backend = inputs
+    images, ctx.scale, ctx.backend, _ = inputs
     ctx.save_for_backward(images)
 
 
 def _self_sums_gradient(ctx, d_sums):
     (images,) = ctx.saved_tensors
-    return self_sums_backward(images, ctx.scale, d_sums, ctx.backend), None, None
+    gradient = self_sums_backward(images, ctx.scale, d_sums, ctx.backend)
+    to_images = ctx.needs_input_grad[-1]
+    return None if to_images else gradient, None, None, gradient if to_images else None
 
 
 self_sums.register_autograd(_self_sums_gradient, setup_context=_self_sums_setup)
@@ -242,6 +266,8 @@ def recursion_moments(
     detach_target: bool,
     needs: Sequence[bool],
     backend: str,
+    to_queries: Tensor | None = None,
+    to_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Σ_t KL(p_t ‖ q_t) by row, [N]; then what the gradient needs.
 
@@ -256,7 +282,8 @@ def recursion_moments(
 
 
 @recursion_moments.register_fake
-def _(queries, keys, scales, alpha, bound, degree, exclude, detach_target, needs, backend):
+def _(queries, keys, scales, alpha, bound, degree, exclude, detach_target, needs, backend,
+      to_queries=None, to_keys=None):  # fmt: skip
     n, nothing = queries.shape[0], queries.new_empty(0, dtype=row_dtype(queries))
     loss = nothing.new_empty(n)
     gradients = rooms(queries, keys, needs, product_dtype(queries))
@@ -266,23 +293,23 @@ def _(queries, keys, scales, alpha, bound, degree, exclude, detach_target, needs
 
 
 def _recursion_moments_setup(ctx, inputs, output):
-    queries, keys, scales, _, ctx.bound, _, ctx.exclude, _, ctx.formed, ctx.backend = inputs
+    queries, keys, scales, _, ctx.bound, _, ctx.exclude, _, ctx.formed, ctx.backend, *_ = inputs
     ctx.weight = chebyshev.middle(scales)
     ctx.save_for_backward(queries, keys, *output[1:])
 
 
 def _recursion_moments_gradient(ctx, d_loss, *_):
     queries, keys, weights, at_positive, *gradients = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2])
+    needs = asked(ctx, 10)
     if any(ctx.formed):  # asked for only where every row's loss weighs the same
         results = [g * d_loss[0].to(g.dtype) for g in gradients]
-        return *once_only(needs, results, queries, keys), *[None] * 8
+        return handed(ctx, 10, [once(x, queries, keys) for x in results])
     weight = torch.full((), ctx.weight, dtype=d_loss.dtype, device=d_loss.device)
     results = moments_backward(
         queries, keys, weight, ctx.bound, weights * d_loss[:, None], ctx.exclude,
         at_positive * d_loss, needs, ctx.backend,
     )  # fmt: skip
-    return *only(needs, results), *[None] * 8
+    return handed(ctx, 10, results)
 
 
 recursion_moments.register_autograd(
@@ -301,6 +328,8 @@ def softmax_sums(
     student: bool,
     exclude: Sequence[int],
     backend: str,
+    to_queries: Tensor | None = None,
+    to_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N], [N, T], [N, T], [N]
     """peak = max_j x, mass_t = Σ_j exp(c_t (x − peak)), slope_t = ∂mass_t/∂c_t, total = Σ_j x.
 
@@ -333,7 +362,7 @@ def softmax_sums_backward(
 
 
 @softmax_sums.register_fake
-def _(queries, keys, scales, student, exclude, backend):
+def _(queries, keys, scales, student, exclude, backend, to_queries=None, to_keys=None):
     n, t = queries.shape[0], scales.shape[0]
     new = queries.new_empty
     dtype = row_dtype(queries)
@@ -342,21 +371,21 @@ def _(queries, keys, scales, student, exclude, backend):
 
 @softmax_sums_backward.register_fake
 def _(queries, keys, scales, student, exclude, peak, weights, total_weight, needs, backend):
-    return rooms(queries, keys, needs)
+    return rooms(queries, keys, needs, product_dtype(queries))
 
 
 def _softmax_sums_setup(ctx, inputs, output):
-    queries, keys, scales, ctx.student, ctx.exclude, ctx.backend = inputs
+    queries, keys, scales, ctx.student, ctx.exclude, ctx.backend, *_ = inputs
     ctx.save_for_backward(queries, keys, scales, output[0])
 
 
 def _softmax_sums_gradient(ctx, d_peak, d_mass, d_slope, d_total):
     queries, keys, scales, peak = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2])
+    needs = asked(ctx, 6)
     gradients = softmax_sums_backward(
         queries, keys, scales, ctx.student, ctx.exclude, peak, d_mass, d_total, needs, ctx.backend
     )
-    return *only(needs, gradients), None, None, None, None
+    return handed(ctx, 6, gradients)
 
 
 softmax_sums.register_autograd(_softmax_sums_gradient, setup_context=_softmax_sums_setup)
@@ -374,6 +403,8 @@ def recursion(
     positive_offset: int,
     detach_target: bool,
     backend: str,
+    to_queries: Tensor | None = None,
+    to_keys: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Σ_t KL(p_t ‖ q_t) by row, [N], and ∂loss/∂c_t, [N, T]; then what the gradient needs.
 
@@ -391,8 +422,7 @@ def recursion(
     shrink = torch.exp((peak - risen)[:, None] * c)
     slope = shrink * (slope + (peak - risen)[:, None] * mass)  # now from the risen peak
     mass, peak, x = shrink * mass, risen, (s - risen)[:, None]
-    lift = torch.exp(c * x)
-    log_mass = torch.log(mass + lift)
+    log_mass = torch.logaddexp(mass.log(), c * x)  # c x passes 0 by float32's rounding of the peak
     loss, pull, tilt = run.recursion(
         queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass
     )
@@ -413,7 +443,7 @@ def recursion(
     at_positive = change @ c[1:] + (through - q[:, :-1] * pull) @ c[:-1]
 
     # The scales act through log q = c S − log Z: by S where p and q differ, less the row's mean.
-    mean = (slope + x * lift) / log_mass.exp()  # of S − peak under q_t
+    mean = slope * torch.exp(-log_mass) + x * q  # of S − peak under q_t
     tilt = tilt.to(dtype)
     tilt[:, 1:] += change * x
     tilt[:, :-1] += through * x - pull * mean[:, :-1]
@@ -443,7 +473,8 @@ def recursion_backward(
 
 
 @recursion.register_fake
-def _(queries, keys, scales, alpha, positive_offset, detach_target, backend):
+def _(queries, keys, scales, alpha, positive_offset, detach_target, backend,
+      to_queries=None, to_keys=None):  # fmt: skip
     n, t = queries.shape[0], scales.shape[0]
     rows = queries.new_empty(n, dtype=row_dtype(queries))
     table, pull = rows.new_empty(n, t), rows.new_empty(n, t - 1)
@@ -453,26 +484,33 @@ def _(queries, keys, scales, alpha, positive_offset, detach_target, backend):
 @recursion_backward.register_fake
 def _(queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass, pull,
       at_positive, weights, needs, backend):  # fmt: skip
-    return rooms(queries, keys, needs)
+    return rooms(queries, keys, needs, product_dtype(queries))
 
 
 def _recursion_setup(ctx, inputs, output):
-    queries, keys, scales, ctx.alpha, ctx.positive_offset, ctx.detach_target, ctx.backend = inputs
+    (queries, keys, scales, ctx.alpha, ctx.positive_offset, ctx.detach_target, ctx.backend,
+     *_) = inputs  # fmt: skip
     ctx.save_for_backward(queries, keys, scales, *output[2:])
 
 
 def _recursion_gradient(ctx, d_loss, *_):
     queries, keys, scales, *rows = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2])
+    needs = asked(ctx, 7)
     gradients = recursion_backward(
         queries, keys, scales, ctx.alpha, ctx.positive_offset, ctx.detach_target, *rows, d_loss,
         needs, ctx.backend,
     )  # fmt: skip
-    return *only(needs, gradients), None, None, None, None, None
+    return handed(ctx, 7, gradients)
 
 
 recursion.register_autograd(_recursion_gradient, setup_context=_recursion_setup)
 
+
+for operator in (
+    moments_backward, both_sums_backward, self_sums_backward, softmax_sums_backward,
+    recursion_backward,
+):  # fmt: skip
+    operator.register_autograd(no_second_derivative)
 
 for operator in (moments, both_sums, self_sums, recursion_moments, softmax_sums, recursion):
     for device_type in ("cpu", "cuda"):

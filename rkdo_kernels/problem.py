@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, launch, ops, small
 from .constants import host_constant
+from .needs import asked, handed
+from .once import no_transforms, once
+from .stand_ins import StandIns, Wide, joined, stand_in
 
 
 class Problem:
@@ -30,22 +35,23 @@ class Problem:
         checks.bound(bound)
         self.queries, self.keys = out_of_autocast(queries, keys)
         checks.embeddings(self.queries, self.keys)
-        checks.no_forward_mode(self.queries, self.keys, temperature)
         if square:
             checks.as_many(square, queries, keys)
         self.offset = checks.pairing(queries, keys, positive_offset) if paired else 0
         self.backend = launch.backend_for(backend, self.queries)
+        if self.backend != "reference":
+            no_transforms(self.queries, self.keys, temperature)
+        self.stand_ins: StandIns = stand_in(self.queries), stand_in(self.keys)
         self.bound = bound
         self.held = bound is None  # to the bound, by whoever has looked at the rows' lengths
         self.validity: Tensor | None = None  # [N], factors for the rows' losses
         if self.queries.device.type == "cpu":
             self.hold_to_bound()  # which raises
-        self.temperature = temperature
-        if isinstance(temperature, Tensor):
-            valid = (temperature > 0) & torch.isfinite(temperature)
-            self.temperature = torch.where(valid, temperature, float("nan")).reshape(())
-            if temperature.device != self.queries.device:
-                self.temperature = self.temperature.to(self.queries.device)
+        self.temperature: float | Tensor = temperature
+        if isinstance(temperature, Tensor):  # converted once: its gradient is rounded once
+            wide = temperature.to(ops.row_dtype(self.queries)).to(self.queries.device)
+            valid = (wide > 0) & torch.isfinite(wide)
+            self.temperature = torch.where(valid, wide, float("nan")).reshape(())
 
     def hold_to_bound(self) -> None:
         if not self.held:
@@ -54,24 +60,38 @@ class Problem:
             self.validity = checks.within_bound(self.queries, self.keys, self.bound)
 
     def materialised(self) -> AbstractContextManager:
-        """For reference.py: its matrix products too stay in the inputs' dtype under autocast."""
+        """For reference.py: its matrix products too stay in float32 under autocast."""
         return without_autocast(self.queries.device.type)
 
     def is_small(self) -> bool:
-        """Whether fewer operators count for more than less memory."""
+        """Whether fewer operators count for more than less memory; an exported graph needs ours."""
+        if torch.compiler.is_exporting():
+            return False
         entries = self.queries.shape[0] * self.keys.shape[0]
         on_cpu = self.queries.device.type == "cpu"
         return on_cpu and self.backend == "tiled" and entries <= small.MAX_ENTRIES
 
     def inverse_temperature(self) -> Tensor:  # [], 1 / τ
         """On the device, without a copy from the host to wait for."""
-        dtype = ops.row_dtype(self.queries)
         if isinstance(self.temperature, Tensor):
-            return 1 / self.temperature.to(dtype)
+            return 1 / self.temperature
+        dtype = ops.row_dtype(self.queries)
         return torch.full((), 1 / self.temperature, dtype=dtype, device=self.queries.device)
 
     def mirrored(self) -> Problem:
-        return Problem(self.keys, self.queries, self.temperature, self.bound, None, self.backend)
+        """With queries and keys in each other's places."""
+        other = copy(self)
+        other.queries, other.keys = self.keys, self.queries
+        other.stand_ins = self.stand_ins[::-1]
+        return other
+
+    def over_all_images(self) -> Problem:
+        """With queries and keys as the keys, the positives in their second half."""
+        other = copy(self)
+        n = other.offset = len(self.queries)
+        other.keys = torch.cat([self.queries, self.keys])
+        other.stand_ins = self.stand_ins[0], joined(*self.stand_ins, (n, len(self.keys)))
+        return other
 
     def among_themselves(self) -> None:
         """Queries meet queries and keys meet keys: these products are held to the bound too."""
@@ -90,14 +110,30 @@ class Problem:
             self.validity = self.validity.mean()
 
     def positive_similarities(self) -> Tensor:  # [N]
-        return row_dot(self.queries, self.positives())
+        to_queries, to_keys = self.stand_ins
+        pairs = self.queries, self.positives(self.keys)
+        return Dot.apply(*pairs, to_queries, None if to_keys is None else self.positives(to_keys))
 
-    def positive_distances(self) -> Tensor:  # [N], ‖query − key‖²
-        difference = self.queries.to(ops.product_dtype(self.queries)) - self.positives()
-        return difference.square().sum(1, dtype=ops.row_dtype(self.queries))
+    def total_similarities(self) -> Tensor:  # [N], Σ_j S_ij
+        keys = self.wide()[1]
+        total = keys.sum(0, dtype=ops.row_dtype(keys)).to(keys.dtype)
+        return Dot.apply(self.queries, total.expand_as(self.queries), self.stand_ins[0], None)
 
-    def positives(self) -> Tensor:  # [N, D]
-        return self.keys.narrow(0, self.offset, self.queries.shape[0])
+    def student_logits(self) -> Tensor:  # [N], −log(1 + ‖query − key‖²) of the positives
+        queries, keys = self.wide()
+        difference = queries - self.positives(keys)
+        return -torch.log1p(difference.square().sum(1, dtype=ops.row_dtype(self.queries)))
+
+    def positives(self, keys: Tensor) -> Tensor:  # [M, D] -> [N, D]
+        return keys.narrow(0, self.offset, self.queries.shape[0])
+
+    def wide(self) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
+        """Queries and keys in float32 at least."""
+        pair = self.queries, self.keys
+        if self.queries.dtype == ops.product_dtype(self.queries):
+            return pair
+        queries, keys = (Wide.apply(*x) for x in zip(pair, self.stand_ins, strict=True))
+        return queries, keys
 
     def reduce(self, rows: Tensor, reduction: str) -> Tensor:
         self.hold_to_bound()
@@ -112,8 +148,25 @@ class Problem:
         return rows.to(ops.product_dtype(self.queries))
 
 
-def row_dot(a: Tensor, b: Tensor) -> Tensor:  # [N, D], [N or 1, D] -> [N]
-    return (a.to(ops.product_dtype(a)) * b).sum(1, dtype=ops.row_dtype(a))
+class Dot(torch.autograd.Function):
+    """Row by row; in half precision with its gradients to the stand-ins. Keeps no wider copies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, to_a: Tensor | None, to_b: Tensor | None
+    ) -> Tensor:  # [N, D], [N, D] -> [N]
+        ctx.save_for_backward(a, b)
+        return (a.to(ops.product_dtype(a)) * b).sum(1, dtype=ops.row_dtype(a))
+
+    @staticmethod
+    def backward(ctx: Any, d_dot: Tensor) -> Any:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        d = d_dot[:, None].to(ops.product_dtype(a))
+        needs = asked(ctx, 2)
+        gradients = [
+            once(d * x, a, b) if need else d for x, need in zip((b, a), needs, strict=True)
+        ]
+        return handed(ctx, 2, gradients)
 
 
 @host_constant

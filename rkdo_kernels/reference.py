@@ -28,7 +28,7 @@ def rkdo_loss(
     """
     similarity = queries @ keys.T
     log_q = [
-        torch.log_softmax(similarity / (temperature * (1 - cooling * t / depth)), dim=1)
+        torch.log_softmax(similarity / (temperature * (1 - cooling * (t / depth))), dim=1)
         for t in range(depth + 1)
     ]
     p = torch.zeros_like(similarity)
@@ -184,9 +184,14 @@ def snapshot_target(
 
 
 def kl_divergence(p: Tensor, log_q: Tensor) -> Tensor:
-    """Row-wise KL(p ‖ q) of [N, M] distributions, with 0 · log 0 = 0 in value and gradient."""
-    log_p = torch.where(p == 0, 1, p).log()
-    return torch.where(p == 0, 0, p * (log_p - log_q)).sum(1)
+    """Row-wise KL(p ‖ q) of [N, M] distributions, with 0 · log 0 = 0 in value and derivatives.
+
+    So are terms of a p whose reciprocal, which second derivatives take, is hardly a number.
+    """
+    info = torch.finfo(p.dtype)
+    counts = ~(p <= info.tiny / info.eps)  # NaN counts
+    log_p = torch.where(counts, p, 1).log()
+    return torch.where(counts, p * (log_p - log_q), 0).sum(1)
 
 
 def diagonal_mask(like: Tensor, offset: int) -> Tensor:

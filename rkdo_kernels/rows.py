@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def rkdo_from_moments(
         problem.held = True  # by the kernel
     loss, *_ = ops.recursion_moments(
         queries, keys, scales, alpha, bound, degree, [problem.offset, *exclude], detach_target,
-        needs, problem.backend,
+        needs, problem.backend, *problem.stand_ins,
     )  # fmt: skip
     return loss
 
@@ -70,16 +71,13 @@ def one_hot_both_ways(problem: Problem, reduction: str) -> Tensor:  # [N]
 def nt_xent(problem: Problem, reduction: str) -> Tensor:  # [2 N]
     """−log q at the other view, q = softmax(S / τ) over all images but the row's own."""
     if not odds_are_safe(problem):
-        n = len(problem.queries)
-        problems = (
-            Problem(x.queries, torch.cat([x.queries, x.keys]), x.temperature, x.bound, n, x.backend)
-            for x in (problem, problem.mirrored())
-        )
+        problems = [x.over_all_images() for x in (problem, problem.mirrored())]
         return torch.cat([one_hot(x, reduction, exclude=[0]) for x in problems])
     rows, cols, inverse = _sums_and_positives(problem)
     scale, backend = 1 / problem.temperature, problem.backend
-    rows = rows + ops.self_sums(problem.queries, scale, backend)
-    cols = cols + ops.self_sums(problem.keys, scale, backend)
+    to_queries, to_keys = problem.stand_ins
+    rows = rows + ops.self_sums(problem.queries, scale, backend, to_queries)
+    cols = cols + ops.self_sums(problem.keys, scale, backend, to_keys)
     return torch.log1p(torch.cat([rows * inverse, cols * inverse]))
 
 
@@ -87,7 +85,7 @@ def _sums_and_positives(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:  # [
     """Of exp(S / τ) off the positives by row and by column, and exp(−S / τ) at the positives."""
     scale = 1 / problem.temperature
     rows, cols, positive = ops.both_sums(
-        problem.queries, problem.keys, scale, [0], True, problem.backend
+        problem.queries, problem.keys, scale, [0], True, problem.backend, *problem.stand_ins
     )
     return rows, cols, torch.exp(-scale * positive)
 
@@ -106,16 +104,21 @@ def rkdo_direct(
         problem.queries, problem.keys, scales.detach(), alpha, problem.offset, detach_target,
     )  # fmt: skip
     if problem.is_small():
-        coldest = 0 if learnable else problem.temperature * (1 - cooling)
-        bounded = problem.bound is not None and 2 * problem.bound < 600 * coldest
+        coldest = 0 if learnable else float(problem.temperature) * (1 - cooling)
         loss, d_scales = small.Recursion.apply(
-            *arguments[:3], depth, *arguments[3:], learnable, not bounded
-        )
+            *arguments[:3], depth, *arguments[3:], learnable,
+            may_underflow(problem.bound, coldest, alpha),
+        )  # fmt: skip
     else:
-        loss, d_scales, *_ = ops.recursion(*arguments, problem.backend)
+        loss, d_scales, *_ = ops.recursion(*arguments, problem.backend, *problem.stand_ins)
     if learnable:
         loss = Sloped.apply(loss, d_scales, scales)
     return loss
+
+
+def may_underflow(bound: float | None, temperature: float, alpha: float) -> bool:
+    """Whether α q may be no normal float64 number, with q = softmax(S / τ) over some 10⁴ keys."""
+    return bound is None or alpha == 0 or 2 * bound >= (690 + math.log(alpha)) * temperature
 
 
 def logsumexp(
@@ -127,18 +130,23 @@ def logsumexp(
     queries, keys, bound = problem.queries, problem.keys, problem.bound
     scale = problem.inverse_temperature()
     if bound is not None and launch.fixed_shift_is_safe(problem.temperature, bound, queries.dtype):
-        m = ops.moments(queries, keys, scale, bound, 0, exclude, problem.backend)
+        m = ops.moments(
+            queries, keys, scale, bound, 0, exclude, problem.backend, *problem.stand_ins
+        )
         return _log(m[:, 0]) if less is None else _log(m[:, 0]) - scale * less
-    sums = ops.softmax_sums(queries, keys, scale.detach()[None], False, exclude, problem.backend)
+    sums = ops.softmax_sums(
+        queries, keys, scale.detach()[None], False, exclude, problem.backend, *problem.stand_ins
+    )
     return _from_sums(scale, *sums[:3], less)
 
 
-def student_sums(problem: Problem) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """log Σ_j (1 + ‖zq_i − zk_j‖²)^(−1/τ) and Σ_j −log(1 + ‖zq_i − zk_j‖²) off the positive."""
+def sums_and_total(problem: Problem, student: bool) -> tuple[Tensor, Tensor]:  # [N], [N]
+    """log Σ_j exp(x_ij / τ) and Σ_j x_ij off the positive, both with their gradients in one term
+    an entry; x = S or, if `student`, −log(1 + ‖zq_i − zk_j‖²)."""
     scale = problem.inverse_temperature()
     peak, mass, slope, total = ops.softmax_sums(
-        problem.queries, problem.keys, scale.detach()[None], True, [problem.offset],
-        problem.backend,
+        problem.queries, problem.keys, scale.detach()[None], student, [problem.offset],
+        problem.backend, *problem.stand_ins,
     )  # fmt: skip
     return _from_sums(scale, peak, mass, slope), total
 

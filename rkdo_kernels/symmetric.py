@@ -353,7 +353,7 @@ def gradient(
     dense = queries.stride(0) == keys.stride(0) == dims["WIDTH"]
     config = launch.limited(config, queries.dtype, dims["WIDTH"], 0, dense)
     paired = query_weights if at_positive is None else at_positive.contiguous()
-    result = queries.new_empty(queries.shape)
+    result = queries.new_empty(queries.shape, dtype=torch.float32)
     blocks, step = triton.cdiv(n, config.rows), config.cols * config.steps
     splits, span = launch.split(blocks * dims["CHUNKS"], m, step, config.warps, result)
     out = parts.room(result, splits)

@@ -125,7 +125,7 @@ def self_sums_backward(images: Tensor, scale: float, weights: Tensor) -> Tensor:
         result[tile.rows].addmm_(g, tile.keys)
         after = max(tile.rows.stop - tile.cols.start, 0)
         result[tile.cols][after:].addmm_(g[:, after:].T, tile.queries)
-    return result.to(images.dtype)
+    return result
 
 
 def pair_weights(

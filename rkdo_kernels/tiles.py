@@ -55,7 +55,7 @@ class Gradients:
     """∂L/∂queries and ∂L/∂keys, added up from tiles of ∂L/∂S; of no entries if not needed."""
 
     def __init__(self, queries: Tensor, keys: Tensor, needs: Needs = BOTH) -> None:
-        self.dtype, (self.to_queries, self.to_keys) = queries.dtype, needs
+        self.to_queries, self.to_keys = needs
         self.queries, self.keys = compute(queries), compute(keys)
         self.d_queries = self.queries.new_zeros(queries.shape if self.to_queries else 0)
         self.d_keys = self.keys.new_zeros(keys.shape if self.to_keys else 0)
@@ -75,7 +75,7 @@ class Gradients:
             self.d_keys.narrow(0, offset, len(g)).addcmul_(g, self.queries)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        return self.d_queries.to(self.dtype), self.d_keys.to(self.dtype)
+        return self.d_queries, self.d_keys
 
 
 def compute(x: Tensor) -> Tensor:

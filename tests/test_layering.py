@@ -17,6 +17,7 @@ ARROWS = {
     "ratios": set(),
     "once": set(),
     "needs": {"once"},
+    "stand_ins": set(),
     "primitives": set(),
     "tiles": {"needs"},
     "distributed": set(),
@@ -74,11 +75,11 @@ ARROWS = {
     },
     "kernels": {"moments", "moments_gradient", "symmetric", "softmax_sums", "recursion"},
     # operators choose between kernels and tiles
-    "ops": {"chebyshev", "kernels", "needs", "tiled", "ratios"},
+    "ops": {"chebyshev", "kernels", "needs", "once", "tiled", "ratios"},
     "field_ops": {"field", "field_tiles", "needs", "ops"},
     # the response field: p⁰, its two kinds of state, a batch of it, the class
     "initial": {"checks"},
-    "batch": {"checks", "distributed", "launch", "needs", "ops", "problem"},
+    "batch": {"checks", "distributed", "launch", "needs", "once", "ops", "problem"},
     "dense_field": {"batch", "checks", "field_ops", "field_tiles", "initial", "needs"},
     "snapshot_field": {"batch", "checks", "field_ops", "initial", "needs", "problem"},
     "response": {
@@ -93,7 +94,7 @@ ARROWS = {
         "snapshot_field",
     },
     # losses: arguments, rows, public functions, modules
-    "problem": {"checks", "constants", "launch", "ops", "small"},
+    "problem": {"checks", "constants", "launch", "needs", "once", "ops", "small", "stand_ins"},
     "rows": {"problem", "launch", "needs", "once", "one_pass", "ops", "small"},
     "losses": {"checks", "constants", "launch", "ops", "reference", "rows", "problem"},
     "modules": {"checks", "constants", "losses"},

@@ -3,14 +3,42 @@
 import pytest
 import torch
 from accuracy import DEVICE, sample_views
+from torch.autograd import forward_ad
 
-from rkdo_kernels import icon_loss, info_nce, rkdo_loss, similarity_logsumexp, small
+from rkdo_kernels import (
+    icon_loss,
+    info_nce,
+    nt_xent,
+    one_pass,
+    rkdo_loss,
+    similarity_logsumexp,
+    similarity_moments,
+    small,
+)
+from rkdo_kernels.once import REFUSAL
 
 LOSSES = {
     "rkdo": rkdo_loss,
     "icon": icon_loss,
     "student": lambda *views, **settings: icon_loss(*views, kernel="student", **settings),
     "info_nce": info_nce,
+    "symmetric": lambda *views, **settings: info_nce(*views, symmetric=True, **settings),
+    "nt_xent": nt_xent,
+    "logsumexp": lambda *views, **settings: similarity_logsumexp(
+        *views, **{"temperature": 0.5} | settings
+    ).mean(),
+    "moments": lambda *views, bound=1.0, **settings: similarity_moments(
+        *views, degree=2, bound=bound or 1.0, **{"temperature": 0.5} | settings
+    ).mean(),
+}
+SETTINGS = {
+    "small": {},
+    "tiles": {},
+    "two passes": {},
+    "cold": {"temperature": 0.03},
+    "direct": {"bound": None},
+    "triton": {"backend": "triton"},
+    "triton direct": {"backend": "triton", "bound": None},
 }
 
 
@@ -20,45 +48,111 @@ def path(request, monkeypatch):
         monkeypatch.setattr(small, "MAX_ENTRIES", 0)
 
 
-def views():
-    pair = sample_views(6, 4, torch.float64).values()
-    return [x.requires_grad_() for x in pair]
+@pytest.fixture(params=SETTINGS)
+def settings(request, monkeypatch):
+    if request.param != "small":
+        monkeypatch.setattr(small, "MAX_ENTRIES", 0)
+    if request.param == "two passes":
+        monkeypatch.setattr(one_pass, "fits", lambda *_: False)
+    return SETTINGS[request.param]
+
+
+def views(dtype=torch.float64):
+    return [x.requires_grad_() for x in sample_views(6, 4, dtype).values()]
+
+
+def twice(loss, queries, keys):
+    (gradient,) = torch.autograd.grad(loss(queries, keys), queries, create_graph=True)
+    torch.autograd.grad(gradient.float().square().sum(), [queries, keys])
+
+
+def twice_by_the_keys(loss, queries, keys):
+    (gradient,) = torch.autograd.grad(loss(queries, keys), keys, create_graph=True)
+    gradient.float().square().sum().backward()
+
+
+def in_forward_mode(loss, queries, keys):
+    with forward_ad.dual_level():
+        loss(queries, forward_ad.make_dual(keys.detach(), keys.detach()))
+
+
+def by(transform):
+    return lambda loss, queries, keys: transform(lambda x: loss(x, keys))(queries)
+
+
+WAYS = {
+    "twice": twice,
+    "twice by the keys": twice_by_the_keys,
+    "functional.hessian": lambda loss, *x: torch.autograd.functional.hessian(loss, tuple(x)),
+    "functional.jvp": lambda loss, *x: torch.autograd.functional.jvp(loss, tuple(x), tuple(x)),
+    "forward mode": in_forward_mode,
+    "grad": by(torch.func.grad),
+    "vjp": lambda loss, *x: torch.func.vjp(loss, *x),
+    "jvp": lambda loss, *x: torch.func.jvp(loss, tuple(x), tuple(x)),
+    "jacrev": by(torch.func.jacrev),
+    "jacfwd": by(torch.func.jacfwd),
+    "hessian": by(torch.func.hessian),
+    "vmap": lambda loss, *x: torch.func.vmap(loss)(*(v[None] for v in x)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_is_refused_is_refused_in_the_same_words(name, way, settings):
+    def loss(queries, keys):
+        return LOSSES[name](queries, keys, **settings)
+
+    with pytest.raises(NotImplementedError) as refused:
+        WAYS[way](loss, *views(torch.float32))
+    assert str(refused.value) == REFUSAL
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_twice_by_the_queries(name, path):
-    queries, keys = views()
+def test_half_precision_and_temperatures_too(name, settings):
+    def loss(queries, keys):
+        return LOSSES[name](queries, keys, **settings)
 
-    def twice():
-        (gradient,) = torch.autograd.grad(LOSSES[name](queries, keys), queries, create_graph=True)
-        torch.autograd.grad(gradient.square().sum(), [queries, keys])
-
-    with pytest.raises(RuntimeError, match=r"once, not twice|no autograd formula"):
-        twice()
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_twice_by_the_temperature(name, path):
-    temperature = torch.tensor(0.5, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    loss = LOSSES[name](*views(), temperature=temperature)
+    with pytest.raises(NotImplementedError) as refused:
+        twice(loss, *views(torch.bfloat16))
+    assert str(refused.value) == REFUSAL
+    temperature = torch.tensor(0.5, device=DEVICE, requires_grad=True)
+    loss = LOSSES[name](*views(torch.float32), **settings | {"temperature": temperature})
     (gradient,) = torch.autograd.grad(loss, temperature, create_graph=True)
-    with pytest.raises(RuntimeError, match="once, not twice"):
+    with pytest.raises(NotImplementedError) as refused:
         torch.autograd.grad(gradient, temperature)
+    assert str(refused.value) == REFUSAL
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_forward_mode(name, path):
-    queries, keys = (x.detach() for x in views())
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(lambda x: LOSSES[name](x, keys), (queries,), (queries,))
+REFERENCE = {
+    **{name: (LOSSES[name], {}) for name in LOSSES},
+    "more keys": (info_nce, {"positive_offset": 1, "exclude_self": True}),
+    "a row without keys": (LOSSES["logsumexp"], {"exclude_self": True}),
+    "moments without a row's own": (LOSSES["moments"], {"exclude_self": True}),
+    "detached": (rkdo_loss, {"detach_target": True}),
+}
 
 
-def test_forward_mode_of_the_primitive():
-    queries, keys = (x.detach() for x in views())
-    with pytest.raises(NotImplementedError, match="forward-mode"):
-        torch.func.jvp(
-            lambda x: similarity_logsumexp(x, keys, temperature=0.5), (queries,), (queries,)
-        )
+@pytest.mark.parametrize("name", REFERENCE)
+def test_the_reference_has_second_derivatives(name):
+    function, settings = REFERENCE[name]
+    for temperature in (0.01, 0.03, 0.5) if "moments" not in name else (0.03, 0.5):
+        for dtype in (torch.float32, torch.float64):
+            queries, keys = views(dtype)
+            m = 5 if name == "more keys" else 6
+            queries, keys = (x.detach()[:m] for x in (queries, keys))
+            queries = queries[: m - settings.get("positive_offset", 0)]
+            pair = queries.clone().requires_grad_(), keys.clone().requires_grad_()
+
+            def loss(*pair, temperature=temperature):
+                return function(*pair, backend="reference", temperature=temperature, **settings)
+
+            first = torch.autograd.grad(loss(*pair), pair, create_graph=True)
+            second = torch.autograd.grad(sum(x.sum() for x in first), pair)
+            assert all(x.isfinite().all() for x in (*first, *second))
+        if temperature == 0.5 and "detached" not in name:
+            assert torch.autograd.gradgradcheck(loss, pair, rtol=1e-4)
+            hessian = torch.func.hessian(lambda x, keys=pair[1], loss=loss: loss(x, keys))
+            assert hessian(pair[0].detach()).isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

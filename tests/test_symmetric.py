@@ -279,7 +279,7 @@ def test_a_second_derivative_is_refused(name):
     queries, keys = (x.double().requires_grad_() for x in sample_views(6, 4).values())
     loss = FUNCTIONS[name][0](queries=queries, keys=keys)
     (gradient,) = torch.autograd.grad(loss, queries, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once, not twice|no autograd formula"):
+    with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(gradient.square().sum(), [queries, keys])
 
 

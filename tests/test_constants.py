@@ -1,0 +1,107 @@
+"""Cached tables are plain tensors on their device, whatever was going on at the first call."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SETTING = """
+import torch
+from torch.nn.functional import normalize
+from rkdo_kernels import RKDOLoss, icon_loss, info_nce, nt_xent, rkdo_loss
+
+torch.manual_seed(0)
+
+def pair(n, dtype=torch.float32):
+    views = normalize(torch.randn(2, n, 16, dtype=torch.float64, device="cpu"), dim=2).to(dtype)
+    return [x.detach().clone().requires_grad_() for x in views]
+
+PAIRS = [pair(n) for n in (20, 200)]  # by whole matrices, by tiles
+
+def values():
+    result = []
+    for function in (rkdo_loss, icon_loss, info_nce, nt_xent):
+        for queries, keys in PAIRS:
+            loss = function(queries, keys)
+            result += [loss.detach().clone(), *torch.autograd.grad(loss, (queries, keys))]
+    return result
+"""
+FIRST = {  # what happens before the first plain call
+    "export": """
+for queries, keys in PAIRS:
+    exported = torch.export.export(RKDOLoss(), (queries.detach(), keys.detach())).module()
+    torch.testing.assert_close(exported(queries, keys), rkdo_loss(queries, keys))
+""",
+    "on meta": """
+with torch.device("meta"):
+    values()
+""",
+    "of fake tensors": """
+from torch._subclasses.fake_tensor import FakeTensorMode
+mode = FakeTensorMode()
+for pair_of_them in PAIRS:
+    fakes = [mode.from_tensor(x) for x in pair_of_them]
+    for settings in ({}, {"bound": None}):
+        try:
+            with mode:
+                rkdo_loss(*fakes, **settings)
+        except Exception:  # a fake mode may refuse real tables
+            pass
+""",
+    "compiled": """
+for function in (rkdo_loss, info_nce):
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for queries, keys in PAIRS:
+        torch.autograd.grad(compiled(queries, keys), (queries, keys))
+""",
+    "in inference mode": """
+with torch.inference_mode():
+    for queries, keys in PAIRS:
+        for function in (rkdo_loss, icon_loss, info_nce, nt_xent):
+            function(queries, keys)
+""",
+    "in bfloat16 on meta": """
+torch.set_default_dtype(torch.bfloat16)
+torch.set_default_device("meta")
+values()
+""",
+    "refused by torch.func": """
+for function in (rkdo_loss, info_nce):
+    for queries, keys in PAIRS:
+        try:
+            torch.func.grad(function)(queries.detach(), keys.detach())
+        except NotImplementedError:
+            pass
+""",
+}  # fmt: skip
+THEN = """
+torch.set_default_dtype(torch.float32)
+torch.set_default_device(None)
+torch.save(values(), RESULT)
+"""
+
+
+def run(first, path):
+    script = SETTING + first + THEN.replace("RESULT", repr(str(path)))
+    return subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wanted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain") / "values"
+    assert run("", path).wait() == 0
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_later_calls_are_as_if_nothing_had_been(first, wanted, tmp_path):
+    done = run(FIRST[first], tmp_path / "values")
+    errors = done.communicate()[1]
+    assert done.returncode == 0, errors[-3000:]
+    assert (tmp_path / "values").read_bytes() == wanted
