@@ -112,7 +112,7 @@ def test_of_one_side(name, backend, dtype, path):
 def test_one_that_is_frozen_leaves_the_other_its_gradient_in_half_precision(
     temperature, bound, frozen, extra
 ):
-    """Operators whose last stand-in is not given: what is left of their arguments is not shifted."""
+    """The last stand-in is not given: the other arguments are not shifted by that."""
     free = "keys" if frozen == "queries" else "queries"
     n = 6
     views = sample_views(n, 8, torch.bfloat16, m=n + extra)
