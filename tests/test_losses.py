@@ -257,7 +257,7 @@ def test_logsumexp_over_one_key_is_its_logit(n, exclude_self, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("length", [1e9, 1e18])
 def test_equal_logits_of_any_size_share_the_probability(length, backend):
-    """The positive's logit is taken from the peak, not from peak + log mass, which has no digits."""
+    """The logit is taken from the peak, not from peak + log mass, which has no digits."""
     queries = torch.full((1, 1), length, device=DEVICE, requires_grad=True)
     keys = torch.ones(3, 1, device=DEVICE)
     for settings in ({"positive_offset": 1}, {"positive_offset": 1, "exclude_self": True}):

@@ -103,3 +103,27 @@ def test_of_one_side(name, backend, dtype, path):
         assert asked <= {(False, False), (at == 0, at == 1)}
         if not (path == "as it comes" and backend == "tiled"):
             assert (at == 0, at == 1) in asked
+
+
+@pytest.mark.parametrize("extra", [0, 3], ids=["as many keys", "more keys"])
+@pytest.mark.parametrize("frozen", ["queries", "keys"])
+@pytest.mark.parametrize("bound", [1.0, None])
+@pytest.mark.parametrize("temperature", [0.5, 0.02])
+def test_one_that_is_frozen_leaves_the_other_its_gradient_in_half_precision(
+    temperature, bound, frozen, extra
+):
+    """The last stand-in is not given: the other arguments are not shifted by that."""
+    free = "keys" if frozen == "queries" else "queries"
+    n = 6
+    views = sample_views(n, 8, torch.bfloat16, m=n + extra)
+    for loss in (rkdo_loss, info_nce, icon_loss):
+        found = []
+        for dtype in (torch.bfloat16, torch.float32):
+            leaves = {name: x.to(dtype) for name, x in views.items()}
+            leaves[free].requires_grad_()
+            value = loss(
+                **leaves, temperature=temperature, bound=bound, backend="tiled", positive_offset=0
+            )
+            found.append(torch.autograd.grad(value, leaves[free])[0].float())
+        assert found[1].any()
+        assert float((found[0] - found[1]).abs().max()) <= 0.01 * float(found[1].abs().max())

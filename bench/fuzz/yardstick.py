@@ -154,7 +154,7 @@ def truths_rounding(case: Case, name: str, size: float) -> float:
 
 
 def moments_bear(case: Case) -> bool:
-    return launch.fixed_shift_is_safe(case.temperature, case.bound, DTYPES[case.dtype])
+    return 2 * case.bound / case.temperature <= launch.exponent_range(DTYPES[case.dtype])
 
 
 def row_is_finite(x: Tensor) -> Tensor:  # [rows] or []
