@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import apart
+from bench.gpu import tools
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +62,7 @@ def test_a_measuring_process_ends_with_its_parent(tmp_path):
 SERVER_AND_CHILD = """
 import os
 from bench import apart
+from bench.gpu import tools
 children = "/proc/self/task", os.listdir("/proc/self/task")[0], "children"
 for _ in apart.stream(iter, "x"):
     for pid in open(os.path.join(*children)).read().split():
@@ -75,6 +77,19 @@ def test_the_server_is_deaf_to_ctrl_c_while_it_starts():
     status = subprocess.run(run, cwd=ROOT, text=True, capture_output=True, check=True).stdout
     (blocked,) = re.findall(r"^SigBlk:\s+(\w+)$", status, re.MULTILINE)
     assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
+
+
+def run_and_wait(path):
+    yield "started"
+    tools.run(["sh", "-c", f"echo $$ > {path}; exec sleep 600"], 600)
+
+
+def test_what_a_process_runs_ends_with_it(tmp_path):
+    process, path = apart.Apart(run_and_wait, tmp_path / "pid"), tmp_path / "pid"
+    assert process.receive() == "started"
+    wait_for(lambda: path.exists() and path.read_text().strip())
+    process.close()
+    wait_for(lambda: ended(int(path.read_text())))
 
 
 LOOKS_FOR_A_GPU = """

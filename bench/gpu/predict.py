@@ -7,18 +7,15 @@ The compiling runs in a new Python: what this one has imported may be Triton's i
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from .device import current
 from .outcome import NotApplicable, Outcome
 from .timing import RATES
+from .tools import run
 
-ROOT = Path(__file__).parent.parent.parent
 SECONDS = 140.0
 
 
@@ -29,11 +26,8 @@ def check(case: str, dtype: str, width: int) -> Outcome:
         "target": "sm_{}{}".format(*device.capability), "first only": current().rehearsal,
         "processors": 0 if current().rehearsal else device.processors,
     }  # fmt: skip
-    settings = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "bench.gpu.predict", json.dumps(asked)]
-    ran = subprocess.run(
-        command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=SECONDS
-    )
+    ran = run(command, SECONDS, TRITON_INTERPRET="0")
     if ran.returncode:
         last = next(iter(ran.stderr.strip().splitlines()[-1:]), "")
         return Outcome(False, f"status {ran.returncode}: {last[:200]}")

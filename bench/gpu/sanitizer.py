@@ -13,10 +13,10 @@ from ..measure import forward_and_backward
 from .checks import loss_of, paths, views
 from .device import current
 from .outcome import NotApplicable, Outcome
+from .tools import run
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SECONDS = 130.0
-ROOT = Path(__file__).parent.parent.parent
 FOUND_ERRORS = 86  # an exit status that nothing else has
 
 
@@ -43,11 +43,8 @@ def check(tool: str, path: str) -> Outcome:
     command += [sys.executable, "-m", "bench.gpu.sanitizer", path]
     command += ["stand-in"] * current().rehearsal
     # PyTorch's allocator would hide what lies past an allocation's end, or was never written.
-    settings = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
     try:
-        ran = subprocess.run(
-            command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=SECONDS
-        )
+        ran = run(command, SECONDS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     except subprocess.TimeoutExpired:
         return Outcome(False, f"not done in {SECONDS:.0f} s")
     output = ran.stdout + ran.stderr
