@@ -17,7 +17,8 @@ from .constants import host_constant
 from .launch_tables import CONFIGS as CONFIGS
 from .launch_tables import TABLES, WIDTHS, Config, line, tables_for
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def fixed_shift_is_safe(
