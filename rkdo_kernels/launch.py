@@ -17,7 +17,8 @@ from .constants import host_constant
 from .launch_tables import CONFIGS as CONFIGS
 from .launch_tables import TABLES, WIDTHS, Config, line, tables_for
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ACCURATE_RANGE = 40  # of float32 exponents: rounded at 20 they have an error of 1e-6, at 40 of 2e-6
 
