@@ -28,8 +28,9 @@ PLAIN = {  # nothing that is set for the tests alone
 def rehearsal(folder):
     command = [sys.executable, "-m", "bench", "gpu", "--rehearse", "--out", str(folder)]
     return subprocess.Popen(
-        command, cwd=ROOT, env=PLAIN, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        command, cwd=ROOT, env=PLAIN, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under "make &"
+    )  # fmt: skip
 
 
 def test_the_rehearsal_runs_every_step(tmp_path):
