@@ -36,7 +36,7 @@ from . import cubin, sass
 from .targets import TARGETS, predict, resident_warps
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPERANDS = ("queries", "keys", "gradient", "stripe")
+OPERANDS = ("queries", "keys", "stripe")
 FLOATS = ("unit", "alpha", "scale", "longest")
 INTEGERS = {"rows": "i64", "cols": "i64", "own": "i64", "clock": "i64", "noise": "i32"}
 AWKWARD = ("sm_90", "gfx942")  # a target of each compiler backend for the odd specialisations
@@ -267,7 +267,7 @@ def specialise(case: Case, dtype: str, constants: dict[str, Any], variant: str) 
             base = name.removesuffix("_ptr")
             kind = "fp64" if base in case.doubles else dtype if base in OPERANDS else "fp32"
             if case.field:
-                kind = {"matrix": case.field, "gradient": "fp32", **INTEGERS}.get(base, kind)
+                kind = {"matrix": case.field, **INTEGERS}.get(base, kind)
             signature[name] = f"*{kind}"
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif name in FLOATS:

@@ -26,7 +26,7 @@ def _moments_bwd(
     scale_ptr,  # []                     in, c
     weights_ptr,  # [N, DEGREE + 1]      in, fp32
     at_positive_ptr,  # [N]              in, fp32, ∂L/∂S at (i, i + exclude_a)
-    gradient_ptr,  # [N or M, D]         out; a part a split, fp32, where they are split
+    gradient_ptr,  # [N or M, D]         out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
     n,

@@ -218,7 +218,7 @@ def _recursion_bwd(
     pull_ptr,  # [N, DEPTH]           in
     weights_ptr,  # [N]               in, ∂L/∂loss
     at_positive_ptr,  # [N]           in, ∂loss_i/∂S_ij at the positive
-    gradient_ptr,  # [N or M, D]      out; a part a split, fp32, where they are split
+    gradient_ptr,  # [N or M, D]      out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
     n,

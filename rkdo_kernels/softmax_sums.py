@@ -216,7 +216,7 @@ def _softmax_sums_bwd(
     peak_ptr,  # [N]                  in
     weights_ptr,  # [N, SCALES]       in, ∂L/∂mass
     total_weight_ptr,  # [N]          in, ∂L/∂total
-    gradient_ptr,  # [N or M, D]      out; a part a split, fp32, where they are split
+    gradient_ptr,  # [N or M, D]      out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
     n,

@@ -161,7 +161,7 @@ def _both_sums_bwd(
     query_weights_ptr,  # [N]          in, fp32, w
     key_weights_ptr,  # [M]            in, fp32, v
     at_positive_ptr,  # [queries]      in, fp32, ∂L/∂S at (i, i + exclude_a)
-    gradient_ptr,  # [N, D]            out; a part a split, fp32, where they are split
+    gradient_ptr,  # [N, D]            out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
     n,

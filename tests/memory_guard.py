@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from rkdo_kernels import field, kernels, launch, quadrature, recursion, softmax_sums
+from rkdo_kernels import field, kernels, launch, quadrature, recursion
 from rkdo_kernels.needs import BOTH
 
 PAGE = mmap.PAGESIZE
@@ -65,18 +65,15 @@ class Guarded:
         def contiguous(x):
             return x if x.is_contiguous() else self.copy(x)
 
-        def guarded(prepare):
-            return lambda *arguments: tuple(self.copy(x) for x in prepare(*arguments))
-
         was = torch.Tensor.new_empty, torch.Tensor.contiguous
-        tables = softmax_sums.squares, recursion.row_tables
+        tables = recursion.row_tables
         torch.Tensor.new_empty, torch.Tensor.contiguous = new_empty, contiguous
-        softmax_sums.squares, recursion.row_tables = map(guarded, tables)
+        recursion.row_tables = lambda *arguments: tuple(map(self.copy, tables(*arguments)))
         try:
             return function(*arguments)
         finally:
             torch.Tensor.new_empty, torch.Tensor.contiguous = was
-            softmax_sums.squares, recursion.row_tables = tables
+            recursion.row_tables = tables
 
 
 def calls(n, m, d, dtype):
