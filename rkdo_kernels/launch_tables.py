@@ -74,10 +74,10 @@ CONFIGS = {
     ("softmax_sums_dk", 4, False): Config(32, 64, 4, 1),
     ("softmax_sums_dk", 4, True): Config(16, 64, 4, 1),
     # no matrix instruction, on no architecture
-    ("student_sums", 2, False): Config(64, 32, 4, 1),
-    ("student_sums", 2, True): Config(64, 32, 4, 1),
-    ("student_sums", 4, False): Config(64, 32, 4, 1),
-    ("student_sums", 4, True): Config(64, 32, 4, 1),
+    ("student_sums", 2, False): Config(64, 32, 8, 1),
+    ("student_sums", 2, True): Config(64, 32, 8, 1),
+    ("student_sums", 4, False): Config(64, 32, 8, 1),
+    ("student_sums", 4, True): Config(64, 32, 8, 1),
     ("student_sums_dq", 2, False): Config(64, 32, 4, 1),
     ("student_sums_dq", 2, True): Config(64, 16, 4, 1, width=64),
     ("student_sums_dq", 4, False): Config(64, 32, 4, 1),
@@ -192,14 +192,14 @@ ARCH_CONFIGS = {
     ("sm_80", "softmax_sums_dq", 2, True): Config(64, 16, 4, 2),
     ("sm_80", "softmax_sums_dq", 4, False): Config(64, 16, 4, 2),
     ("sm_80", "softmax_sums_dq", 4, True): Config(64, 16, 4, 1, width=32),
-    ("sm_80", "softmax_sums_dk", 4, False): Config(16, 64, 4, 2),
+    ("sm_80", "softmax_sums_dk", 4, False): Config(32, 16, 4, 1),
     ("sm_80", "softmax_sums_dk", 4, True): Config(16, 64, 4, 1, width=32),
     ("sm_80", "recursion", 2, False): Config(64, 16, 4, 2),
     ("sm_80", "recursion_dq", 2, True): Config(64, 16, 4, 2),
     ("sm_80", "recursion_dq", 4, False): Config(64, 16, 4, 2),
     ("sm_80", "recursion_dq", 4, True): Config(64, 16, 4, 1, width=32),
     ("sm_80", "recursion_dk", 2, True): Config(32, 32, 4, 1),
-    ("sm_80", "recursion_dk", 4, False): Config(16, 64, 4, 2),
+    ("sm_80", "recursion_dk", 4, False): Config(32, 16, 4, 1),
     ("sm_100", "softmax_sums", 2, True): Config(64, 64, 8, 2),
     ("sm_100", "softmax_sums", 4, False): Config(64, 32, 4, 1, width=32),
     ("sm_100", "softmax_sums", 4, True): Config(64, 32, 4, 1, width=32),
@@ -250,6 +250,8 @@ TWO_CHUNKS = {
 BEFORE_39 = {
     ("sm_90", "moments_dk", 4, False): Config(32, 64, 4, 1),
     ("sm_90", "softmax_sums_dk", 4, False): Config(16, 64, 4, 1),
+    ("sm_80", "single_launch", 4, True): Config(64, 32, 8, 1, width=32),
+    ("sm_100", "single_launch", 2, False): Config(64, 32, 4, 1),
 }
 
 

@@ -18,7 +18,7 @@ FUNCTIONS = {
     "rkdo-uncooled": (rkdo_loss, reference.rkdo_loss, {"cooling": 0}),
     "icon": (icon_loss, reference.icon_loss, {}),
     "info_nce": (info_nce, reference.info_nce, {"temperature": 0.2}),
-    "info_nce-cold": (info_nce, reference.info_nce, {"temperature": 0.03}),
+    "info_nce-cold": (info_nce, reference.info_nce, {"temperature": 0.05}),
 }
 
 
