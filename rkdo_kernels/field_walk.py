@@ -131,7 +131,7 @@ def _dense_walk(
         store_part(gradient_ptr, i, n, stripe, dim, acc, WIDTH, SPLIT)
     if LOSS or UPDATE:
         divergence = tl.sum(sums[0], 1).to(tl.float64)
-        others = tl.sum(sums[1], 1).to(tl.float64)
+        others = tl.sum(sums[1].to(tl.float64), 1)
         next_own = sums[2].to(tl.float64)
         if SPLIT:
             part = parts_ptr + tl.program_id(2) * tl.cast(n, tl.int64) * 3 + i
