@@ -29,6 +29,7 @@ QUICK_LOSSES = {  # name and dtype: every kernel, with its parts and its joins
     ("rkdo", "bf16"), ("rkdo", "fp32"), ("info_nce", "fp16"), ("rkdo in parts", "bf16"),
     ("rkdo direct in parts", "bf16"), ("info_nce both ways", "fp32"), ("rkdo, one launch", "bf16"),
     ("nt_xent in parts", "bf16"), ("icon student", "bf16"), ("rkdo wide", "bf16"),
+    ("rkdo, one launch, wide", "fp32"),
 }  # fmt: skip
 
 
