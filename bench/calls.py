@@ -37,6 +37,8 @@ class AnyCall(Protocol):
     def shape(self) -> tuple[int, int, int]: ...  # N, M, D
     @property
     def quick(self) -> bool: ...  # one of the few that tests run
+    @property
+    def known_miss(self) -> float: ...  # see LossCall
 
     def ours(self) -> Outcome: ...
     def eager(self, dtype: torch.dtype) -> Outcome: ...
@@ -51,15 +53,19 @@ class LossCall:
     dtype: str = "fp32"
     settings: dict[str, Any] = field(default_factory=dict)  # of both
     ours_only: dict[str, Any] = field(default_factory=dict)  # bound, reduction
+    cosine: float = 0.0  # of all rows with one another, and 0: independent, as `views` has them
     layout: str = "dense"  # or "odd": rows that start at no multiple of 16 bytes
     frozen: str = ""  # "queries" or "keys", which then take no gradient
     learnable: float = 0.0  # a temperature that takes a gradient
+    known_miss: float = 1.0  # times the yardstick that gradients may take, a fault not mended
     splits: int = 1  # programs that share a walk, as where there are few for a device
     stripe_bytes: int = 0  # of ∂L/∂S at once, where another limit than the library's is wanted
     quick: bool = False
 
     def inputs(self) -> dict[str, Tensor]:
         n, m, d = self.shape
+        if self.cosine:
+            return collapsed(n, m, d, DTYPES[self.dtype], self.cosine)
         return views(n, m, d, DTYPES[self.dtype])
 
     def ours(self) -> Outcome:
@@ -95,6 +101,15 @@ def views(n: int, m: int, d: int, dtype: torch.dtype, seed: int = 0) -> dict[str
     queries, keys = (torch.randn(k, d, generator=generator) for k in (n, m))
     keys[:n] = 0.8 * keys[:n] + 0.6 * queries[:m]
     return {k: normalize(x, dim=1).to(dtype) for k, x in {"queries": queries, "keys": keys}.items()}
+
+
+def collapsed(n: int, m: int, d: int, dtype: torch.dtype, cosine: float) -> dict[str, Tensor]:
+    """The same about one direction, which any two rows share up to `cosine`, but for positives."""
+    generator = torch.Generator().manual_seed(n)
+    common = normalize(torch.randn(d, generator=generator), dim=0)
+    apart = views(n, m, d, torch.float32)
+    mixed = {k: cosine**0.5 * common + (1 - cosine) ** 0.5 * x for k, x in apart.items()}
+    return {k: normalize(x, dim=1).to(dtype) for k, x in mixed.items()}
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:

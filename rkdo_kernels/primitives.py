@@ -145,7 +145,7 @@ def add_pulls(
             own_ptr, own_stride, first, n_own, other_ptr, other_stride, start, n_other, at,
             OWN, OTHER,
         )  # fmt: skip
-        acc += tl.where(column == at - stripe, tl.sum(g * between, 1)[:, None], 0.0)
+        acc += tl.where(column == at - stripe, tl.sum(rounded(g, between), 1)[:, None], 0.0)
     return acc
 
 
@@ -254,6 +254,16 @@ def log2(x, PRECISION: tl.constexpr):
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def rounded(x, y):
+    """x y for a sum over lanes of one product each.
+
+    An FMA of a lane's own product and its partner's rounded one leaves every lane another sum of
+    the row: threads that hold the same entry then store different values of it.
+    """
+    return tl.fma(x, y, 0.0)
 
 
 @triton.jit

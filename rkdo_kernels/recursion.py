@@ -134,17 +134,18 @@ def add_rows(
     UPCAST: tl.constexpr,
     LAST: tl.constexpr,  # some keys may be past the last
 ):
-    """The sums with a tile more. An entry that does not count has x = 0 and q_0 = 0."""
+    """The sums with a tile more. An entry that does not count has q_0 = 0, and x = −1, as e of 0 is
+    infinite where the peak's rounding times c_t passes float32's exponents."""
     peak, share, lighter = rows
     k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, LAST, UPCAST)
     s = similarity_tile(
         q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
         ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
     )  # fmt: skip
-    x = leave_out(s - peak, first_i, first_j, positive_offset, 0, 1, ROWS, COLS)
+    x = leave_out(s - peak, first_i, first_j, positive_offset, 0, 1, ROWS, COLS, -1.0)
     if LAST:
         there = (first_j + tl.arange(0, COLS) < m)[None, :]
-        x = tl.where(there, x, 0.0)
+        x = tl.where(there, x, -1.0)
     q_0 = leave_out(
         tl.exp2(x * (c_0 * LOG2E)) * share, first_i, first_j, positive_offset, 0, 1, ROWS, COLS
     )
@@ -302,8 +303,6 @@ def gradient_tile(
     DETACH: tl.constexpr = tables[10]
     peak, share, lighter, pull, at_positive = rows
     x = s - peak
-    if LAST:
-        x = tl.where((start + tl.arange(0, OTHER) < n_other)[None, :], x, 0.0)
     # e_0 = 1, r_1 = α and y_1 = α c_0 wherever the key is
     r = alpha
     log_r = tl.log(tl.maximum(alpha, TINY))
@@ -324,6 +323,8 @@ def gradient_tile(
                 g -= e * pull[t]
                 y = (1 - alpha) * y + (alpha * c[t]) * e
     g = tl.exp2(x * (c[0] * LOG2E)) * share * g
+    if LAST:  # of a row of zeros e may be infinite
+        g = tl.where((start + tl.arange(0, OTHER) < n_other)[None, :], g, 0.0)
     offset = SIGN * positive_offset
     if touches(first, OWN, start, OTHER, offset):
         positive = on_diagonal(first + tl.arange(0, OWN), start + tl.arange(0, OTHER), offset)

@@ -14,7 +14,15 @@ from torch import Tensor
 from . import launch
 from .checks import SLACK
 from .moments_gradient import at_partners
-from .primitives import LOG2E, into, leave_out, load_rows, row_polynomials, store_rows
+from .primitives import (
+    LOG2E,
+    into,
+    leave_out,
+    load_rows,
+    rounded,
+    row_polynomials,
+    store_rows,
+)
 from .recursion_rows import PASTS, recursion_rows, repeat
 
 
@@ -203,7 +211,7 @@ def weigh(
 @triton.jit
 def squares(x):  # [COUNT, WIDTH] -> [COUNT]
     x = x.to(tl.float32)
-    return tl.sum(x * x, 1)
+    return tl.sum(rounded(x, x), 1)
 
 
 def recursion_moments(

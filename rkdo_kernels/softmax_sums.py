@@ -18,6 +18,7 @@ from .primitives import (
     fold,
     leave_out,
     load_rows,
+    rounded,
     scalars,
     similarity_tile,
     walk,
@@ -163,7 +164,10 @@ def add_sums(
         c = scales[t] * LOG2E
         shrink = tl.exp2(fall * c)
         e = tl.exp2(x * c)
-        new_slope = new_slope + (shrink * (slope[t] + fall * mass[t]) + fold(e * x, ROWS, COLS),)
+        slope_here = rounded(e, x) if STUDENT else e * x
+        new_slope = new_slope + (
+            shrink * (slope[t] + fall * mass[t]) + fold(slope_here, ROWS, COLS),
+        )
         new_mass = new_mass + (shrink * mass[t] + fold(e, ROWS, COLS),)
     return risen, total, new_mass, new_slope
 

@@ -155,6 +155,28 @@ def test_programs_do_not_wait_for_one_another():
                ints(), grid=(2, 1, 1)) == wrong  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("body", "reported"),
+    [
+        ("fma.rn.f32 %f4, %f1, %f1, %f3;", True),
+        ("add.f32 %f4, %f2, %f3;", True),  # ptxas may contract it
+        ("add.f32 %f4, %f3, %f2;", True),
+        ("fma.rn.f32 %f4, %f1, %f5, %f3;", False),  # another product than the partner's
+        ("mov.b32 %f2, 0f00000000; add.f32 %f4, %f2, %f3;", False),
+    ],
+)
+def test_a_sum_that_every_lane_rounds_alike(body, reported):
+    begin = f"{OWN} cvt.rn.f32.u32 %f1, %r0; mov.f32 %f5, %f1;"
+    end = "add.s64 %rd11, %rd10, 0; st.global.b32 [%rd11], %f4;"
+    x = torch.zeros(32)
+    square = "mul.f32 %f2, %f1, %f1;"
+    partner = "shfl.sync.bfly.b32 %f3, %f2, 1, 31, -1;"
+    wanted = {machine.UNEVEN} if reported else set()
+    assert one(f"{begin} {square} {partner} {body} {end}", x) == wanted
+    rounded = "fma.rn.f32 %f2, %f1, %f1, 0f00000000;"  # no product, but a rounded sum
+    clean(f"{begin} {rounded} {partner} add.f32 %f4, %f2, %f3; {end}", x)
+
+
 # ---- copies under way
 
 

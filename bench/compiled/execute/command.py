@@ -205,7 +205,7 @@ def line(found: Judged) -> tuple[str, ...]:
     name, dtype, shape = found.call.rsplit(", ", 2)
     shown = [cell(found.scores.get(x)) for x in ("value", "queries", "keys")]
     others = {k: v for k, v in found.scores.items() if k not in ("value", "queries", "keys")}
-    misses = [f"{k} misses" for k, v in found.scores.items() if not v.passed]
+    misses = [f"{k} misses" + ", as known" * v.passed for k, v in found.scores.items() if not v.met]
     if found.violations:
         misses.append(f"{len(found.violations)} violated")
     if found.failure:
@@ -242,12 +242,13 @@ def summary(target: str, found: Sequence[Judged], every: set[str]) -> str:
     text = f"{target}: {len(every) - len(without)} of {len(every)} kernels executed"
     if without and len(without) <= len(every) // 2:
         text += f" (not {', '.join(sorted(without))})"
-    passed = sum(x.passed for x in found)
+    met = sum(x.met for x in found)
+    known = sum(x.passed for x in found) - met
     violated = sum(len(x.violations) for x in found)
     launches = sum(len(x.kernels) for x in found)
     return (
-        f"{text}; {passed} of {len(found)} calls within the yardstick without a violation "
-        f"({violated} violations); {launches} launches, "
+        f"{text}; {met} of {len(found)} calls within the yardstick without a violation "
+        f"({violated} violations{f', {known} known misses' * bool(known)}); {launches} launches, "
         f"{sum(x.instructions for x in found) / 1e6:.0f} M warp instructions in "
         f"{sum(x.seconds for x in found):.1f} s"
     )

@@ -59,6 +59,7 @@ KINDS = (  # warp.h: enum Kind
     "trap",
 )
 SHARED_LIMIT = "more shared memory than the device has"
+UNEVEN = "sum over lanes that round it differently"
 _lock = threading.Lock()
 
 
@@ -140,7 +141,8 @@ def execute(
             ctypes.c_int64(most), found, ctypes.byref(executed), flags,
         )  # fmt: skip
     seconds = time.perf_counter() - start
-    violations = [
+    violations = [Violation(UNEVEN, kernel, line, 0) for line in program.uneven]
+    violations += [
         Violation(KINDS[found[3 * k]], kernel, found[3 * k + 1], found[3 * k + 2])
         for k in range(count)
     ]

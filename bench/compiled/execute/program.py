@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ...errors import BenchError
+from . import uneven
 from .opcodes import HAND_WRITTEN, OPERATIONS, spelling, width
 from .ptx import Listing, Statement
 
@@ -54,6 +55,7 @@ class Program:
     parameter_count: int = 0
     grain: int = 4  # log2 of the bytes of shared memory that are traced together
     products: bool = False
+    uneven: tuple[int, ...] = ()  # lines, see uneven.py
 
 
 def assemble(text: str, kernel: str) -> Program:
@@ -62,7 +64,10 @@ def assemble(text: str, kernel: str) -> Program:
     Raises:
         BenchError: an operation that the interpreter does not have, by its line.
     """
-    return _Assembler(Listing(text, kernel)).program
+    listing = Listing(text, kernel)
+    program = _Assembler(listing).program
+    program.uneven = tuple(uneven.lines(listing))
+    return program
 
 
 class _Assembler:
