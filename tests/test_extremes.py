@@ -4,6 +4,7 @@ import pytest
 import torch
 from accuracy import DEVICE, assert_as_accurate, sample_views
 from test_half_precision import collapsed, nt_xent_rows
+from torch.nn.functional import normalize
 
 from rkdo_kernels import (
     icon_loss,
@@ -109,6 +110,31 @@ def test_a_target_that_is_all_but_even(kernel, debias, path):
             views,
             scale=1 / temperature,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cold_softmax_of_keys_that_are_alike(dtype):
+    """What S was rounded to cancels between the mean of S and the softmax's sum, if both have it:
+    1/τ multiplies it otherwise, and the loss is next to nothing."""
+    misses = []
+    for seed in range(8):
+        for temperature in (0.01, 0.05):
+            views = sample_views(4, 3, torch.float64, m=6, seed=seed)
+            views = {key: normalize(0.03 * x + 1, dim=1) for key, x in views.items()}
+            try:
+                assert_as_accurate(
+                    lambda t=temperature, **x: icon_loss(
+                        **x, temperature=t, debias=1, positive_offset=0, bound=None,
+                        reduction="none", backend="tiled",
+                    ),
+                    lambda t=temperature, **x: reference.icon_loss(**x, temperature=t, debias=1),
+                    {key: x.to(DEVICE, dtype) for key, x in views.items()},
+                    scale=1 / temperature,
+                    draws=12,
+                )  # fmt: skip
+            except AssertionError as miss:
+                misses.append(f"{seed}, {temperature}: {miss}")
+    assert not misses, "\n".join(misses)
 
 
 @pytest.mark.parametrize("backend", ["tiled", "triton"])

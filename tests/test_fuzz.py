@@ -171,6 +171,20 @@ def test_the_truth_is_the_reference_where_nothing_cancels():
     assert float((truth.losses(case, queries, keys, 0.5) - wanted).abs().max()) <= 1e-13
 
 
+def test_the_truths_second_derivative_is_a_number_in_float32():
+    """It stands for eager code there, whose NaN would pass for an error of 0."""
+    settings = {"alpha": 1e-30, "depth": 2, "cooling": 0.5, "detach_target": False}
+    case = cases.Case(
+        1, backend="reference", temperature=0.05, settings=settings, pairs="correlated", second=True
+    )
+    queries, keys = case.inputs()
+    found = judge.eager_of(case, queries, keys)
+    true = judge.truth_of(case, queries, keys)
+    for name, x in true.items():
+        error = float((found[name].double() - x).abs().max())
+        assert 0 < error <= 1e-5 * float(x.abs().max()), name
+
+
 def test_a_field_that_forgets_an_update_is_found(monkeypatch):
     monkeypatch.setattr(rkdo_kernels.ResponseField, "update", lambda *x, **s: None)
     for seed in range(60):

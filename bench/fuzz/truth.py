@@ -100,15 +100,19 @@ def recursion(
             continue
         new = math.log(alpha) + log_q[t - 1]
         first = off is None or alpha == 1
-        off = new if first else torch.logaddexp(math.log1p(-alpha) + off, new)
+        off = new if first else log_of_sum(math.log1p(-alpha) + off, new)
         log_p = off
         if alpha < 1:
-            rest = torch.full_like(off, t * math.log1p(-alpha))
-            log_p = torch.where(at, torch.logaddexp(off, rest), off)
+            log_p = torch.where(at, log_of_sum(off, t * math.log1p(-alpha)), off)
         if detach_target:
             log_p = log_p.detach()
         loss = loss + (log_p.exp() * (log_p - log_q[t])).sum(1)
     return loss
+
+
+def log_of_sum(a: Tensor, b: Tensor | float) -> Tensor:
+    """torch.logaddexp, whose second derivative is NaN in float32 from a difference of 89 on."""
+    return b + torch.nn.functional.softplus(a - b, threshold=40)
 
 
 # ---- in 80 digits --------------------------------------------------------------------------------
