@@ -164,3 +164,23 @@ def test_moments_of_a_key_at_the_bound_are_one(learnable, backend):
         )
         found = similarity_moments(queries, keys, temperature=given, degree=1, backend=backend)
         assert float((found - true).abs().max()) <= 5 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_a_positive_whose_product_is_rounded_by_more_than_the_temperature(backend, monkeypatch):
+    """It weighs all there is, and no exponential of what it was rounded by is ∞."""
+    monkeypatch.setattr(small, "MAX_ENTRIES", 0)
+    for seed in range(6):
+        views = sample_views(6, 7, m=9, seed=seed)
+        views["keys"][:6] = 1e17 * (views["queries"] + 0.1 * views["keys"][:6])
+        for settings in ({"depth": 1}, {"cooling": 0.9}, {"alpha": 1.0}):
+            loss = rkdo_loss(
+                **views, **settings, bound=None, positive_offset=0, reduction="none",
+                backend=backend, temperature=0.03,
+            )  # fmt: skip
+            true = reference.rkdo_loss(
+                **{key: x.double() for key, x in views.items()}, **settings, temperature=0.03
+            )
+            numbers = torch.isfinite(true) & (true < 1)
+            assert numbers.any()
+            assert float((loss.double() - true)[numbers].abs().max()) <= 1e-6

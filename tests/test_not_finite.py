@@ -101,9 +101,7 @@ def test_a_row_with_one_product_that_is_infinite(name, backend):
 def test_a_positive_alone_and_infinite(backend, value):
     """All other keys left out."""
     queries, keys = torch.tensor([[1.0]]), torch.tensor([[1.0], [value]])
-    found = info_nce(
-        queries, keys, exclude_self=True, positive_offset=1, **OPEN, backend=backend
-    )
+    found = info_nce(queries, keys, exclude_self=True, positive_offset=1, **OPEN, backend=backend)
     assert not torch.isfinite(found)
 
 
@@ -122,6 +120,8 @@ def test_a_key_that_weighs_nothing_costs_no_row_where_all_of_s_is_small(alpha, t
         queries, leaf, temperature=given, **settings, **OPEN, reduction="none", backend="tiled"
     )
     true = reference.rkdo_loss(queries.double(), most, temperature=0.5, **settings)
-    gradient, of_most = (torch.autograd.grad(x.sum(), y)[0] for x, y in ((loss, leaf), (true, most)))
+    gradient, of_most = (
+        torch.autograd.grad(x.sum(), y)[0] for x, y in ((loss, leaf), (true, most))
+    )
     assert torch.allclose(loss.double(), true, rtol=1e-5)
     assert torch.allclose(gradient[:-1].double(), of_most, rtol=1e-5, atol=1e-6)
