@@ -135,10 +135,10 @@ def logsumexp(
             queries, keys, scale, bound, 0, exclude, problem.backend, *problem.stand_ins
         )
         return _log(m[:, 0]) if less is None else _log(m[:, 0]) - scale * less
-    sums = ops.softmax_sums(
+    peak, mass, slope, _ = ops.softmax_sums(
         queries, keys, scale.detach()[None], False, exclude, problem.backend, *problem.stand_ins
     )
-    return _from_sums(scale, *sums[:3], less)
+    return _from_sums(scale, peak, mass, slope, less)
 
 
 def sums_and_total(problem: Problem, student: bool) -> tuple[Tensor, Tensor]:  # [N], [N]
