@@ -179,6 +179,15 @@ def test_the_truths_second_derivative_is_a_number_in_float32():
         assert 0 < error <= 1e-5 * float(x.abs().max()), name
 
 
+def test_the_truths_softmax_of_equal_logits_sums_to_one():
+    """torch.logsumexp's gradient of three equal logits of 2e18 is 1 for each."""
+    logits = torch.full((1, 3), 2e18, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(truth.logsumexp(logits).sum(), logits)
+    assert torch.allclose(gradient, torch.full_like(gradient, 1 / 3))
+    none = torch.full((1, 3), -torch.inf, dtype=torch.float64)
+    assert truth.logsumexp(none).item() == -torch.inf
+
+
 def test_a_field_that_forgets_an_update_is_found(monkeypatch):
     monkeypatch.setattr(rkdo_kernels.ResponseField, "update", lambda *x, **s: None)
     for seed in range(60):

@@ -46,7 +46,7 @@ def losses(case: Case, queries: Tensor, keys: Tensor, temperature: float | Tenso
     if s.get("exclude_self"):
         logits = without_self(logits)
     if case.loss == "similarity_logsumexp":
-        return torch.logsumexp(logits, 1)
+        return logsumexp(logits)
     rows = -torch.log_softmax(logits, 1)[diagonal, positive]
     if s.get("symmetric"):
         return (rows - torch.log_softmax(logits, 0)[positive, diagonal]) / 2
@@ -108,6 +108,12 @@ def recursion(
             log_p = log_p.detach()
         loss = loss + (log_p.exp() * (log_p - log_q[t])).sum(1)
     return loss
+
+
+def logsumexp(logits: Tensor) -> Tensor:  # [N, M] -> [N]
+    """torch.logsumexp, whose gradient is a softmax only as far as the result has digits."""
+    peak = logits.detach().amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    return peak[:, 0] + torch.log(torch.exp(logits - peak).sum(1))
 
 
 def log_of_sum(a: Tensor, b: Tensor | float) -> Tensor:
