@@ -184,3 +184,8 @@ def test_a_positive_whose_product_is_rounded_by_more_than_the_temperature(backen
             numbers = torch.isfinite(true) & (true < 1)
             assert numbers.any()
             assert float((loss.double() - true)[numbers].abs().max()) <= 1e-6
+
+
+def test_an_alpha_below_float32_with_half_precision():
+    """The kernels' arithmetic stays in float32, and a matrix product takes no float64."""
+    hold(sample_views(3, 4, torch.float16), PATHS["direct-triton"], 0.5, alpha=5e-324)
