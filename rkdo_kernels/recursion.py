@@ -395,8 +395,8 @@ def recursion_backward(
             queries, keys, *tables, *rows, out, queries.stride(0), keys.stride(0),
             queries.shape[0], keys.shape[0], queries.shape[1], in_float32(alpha), positive_offset,
             span, QUERIES=to_queries, DEPTH=len(scales) - 1, DETACH=detach_target,
-            SPLIT=grid[2] > 1, **dims, GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
-            COLS=config.cols, **config.options,
+            SPLIT=grid[2] > 1, **dims, GRADIENT_PRECISION=launch.gradient_precision(queries),
+            ROWS=config.rows, COLS=config.cols, **config.options,
         )  # fmt: skip
         parts.add(out, gradient)
     return results
