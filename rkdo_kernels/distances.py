@@ -62,12 +62,12 @@ class Gradients:
 
     def __init__(self, distances: Distances, needs: Needs) -> None:
         self.of, (self.to_queries, self.to_keys) = distances, needs
-        ends = (distances.rows, distances.cols) if distances.wide else (
+        ends = (distances.rows, distances.cols) if distances.near else (
             distances.queries, distances.keys)  # fmt: skip
         self.d_queries, self.d_keys = (x.zero_() for x in rooms(*ends, needs))
 
     def add(self, tile: Tile) -> None:
-        if self.of.wide:
+        if self.of.near:
             g = self.of.scratch(tile.s).copy_(tile.s)
             if self.to_queries:
                 self.d_queries[tile.rows].addmm_(g, self.of.cols[tile.cols])
@@ -83,9 +83,9 @@ class Gradients:
 
     def result(self) -> tuple[Tensor, Tensor]:
         d_queries, d_keys, of = self.d_queries, self.d_keys, self.of
-        if of.wide and self.to_queries:
+        if of.near and self.to_queries:
             d_queries = d_queries[:, :-2] + d_queries[:, -2:-1] * of.rows[:, :-2] / 2
-        if of.wide and self.to_keys:
+        if of.near and self.to_keys:
             d_keys = d_keys[:, :-2] / -2 - d_keys[:, -1:] * of.cols[:, :-2]
         return d_queries.to(of.queries.dtype), d_keys.to(of.queries.dtype)
 

@@ -449,7 +449,9 @@ def recursion(
     risen = torch.maximum(peak, s.to(product_dtype(queries)).to(dtype))
     shrink = torch.exp((peak - risen)[:, None] * c)
     slope = shrink * (slope + (peak - risen)[:, None] * mass)  # now from the risen peak
-    mass, peak, x = shrink * mass, risen, (s - risen)[:, None]
+    step = 1 / c.max()  # to which s is known at least, or its rounding alone would decide
+    over = torch.where(s < peak, s - risen, (s - risen).clamp(-step, step))
+    mass, peak, x = shrink * mass, risen, over[:, None]
     log_mass = torch.logaddexp(mass.log(), c * x)  # c x passes 0 by float32's rounding of the peak
     loss, pull, tilt = run.recursion(
         queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass

@@ -357,7 +357,8 @@ def recursion(
 
     _recursion_fwd[(blocks, 1, splits)](
         queries, keys, *row_tables(scales, peak, log_mass), *tables(out.view(-1)[: len(sums)]),
-        queries.stride(0), keys.stride(0), n, m, dim, alpha, positive_offset, span, DEPTH=depth,
+        queries.stride(0), keys.stride(0), n, m, dim, in_float32(alpha), positive_offset, span,
+        DEPTH=depth,
         DETACH=detach_target, SPLIT=splits > 1, **launch.dims(queries, config.width),
         ROWS=config.rows, COLS=config.cols, **config.options,
     )  # fmt: skip
@@ -393,10 +394,10 @@ def recursion_backward(
         )
         _recursion_bwd[grid](
             queries, keys, *tables, *rows, out, queries.stride(0), keys.stride(0),
-            queries.shape[0], keys.shape[0], queries.shape[1], alpha, positive_offset, span,
-            QUERIES=to_queries, DEPTH=len(scales) - 1, DETACH=detach_target, SPLIT=grid[2] > 1,
-            **dims, GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
-            COLS=config.cols, **config.options,
+            queries.shape[0], keys.shape[0], queries.shape[1], in_float32(alpha), positive_offset,
+            span, QUERIES=to_queries, DEPTH=len(scales) - 1, DETACH=detach_target,
+            SPLIT=grid[2] > 1, **dims, GRADIENT_PRECISION=launch.gradient_precision(queries),
+            ROWS=config.rows, COLS=config.cols, **config.options,
         )  # fmt: skip
         parts.add(out, gradient)
     return results
@@ -407,3 +408,8 @@ def row_tables(scales: Tensor, peak: Tensor, log_mass: Tensor) -> tuple[Tensor, 
     share = torch.exp(-log_mass[:, 0])
     tables = (scales, scales - scales[0], peak, share, log_mass - log_mass[:, :1])
     return tuple(x.float().contiguous() for x in tables)
+
+
+def in_float32(alpha: float) -> float:
+    """0 for less than float32's normal numbers, which Triton would make a float64."""
+    return alpha if alpha >= torch.finfo(torch.float32).tiny else 0.0

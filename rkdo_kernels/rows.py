@@ -48,7 +48,8 @@ def one_hot(problem: Problem, reduction: str, exclude: Sequence[int] = ()) -> Te
     if isinstance(temperature, Tensor) or not odds_are_safe(problem):
         similarity = problem.positive_similarities()
         odds = logsumexp(problem, [problem.offset, *exclude], similarity)
-        return torch.logaddexp(odds, 0 * similarity.clamp_min(0))  # NaN, not 0, if that is ∞
+        lost = 0 * torch.where(odds == float("-inf"), similarity, similarity.clamp_min(0))
+        return torch.logaddexp(odds, lost)  # NaN, not 0, if that is ∞, or −∞ and alone
     scales = [1 / temperature] * 2
     return rkdo_from_moments(problem, 0, scales, 0.0, False, reduction, exclude)
 
@@ -134,10 +135,10 @@ def logsumexp(
             queries, keys, scale, bound, 0, exclude, problem.backend, *problem.stand_ins
         )
         return _log(m[:, 0]) if less is None else _log(m[:, 0]) - scale * less
-    sums = ops.softmax_sums(
+    peak, mass, slope, _ = ops.softmax_sums(
         queries, keys, scale.detach()[None], False, exclude, problem.backend, *problem.stand_ins
     )
-    return _from_sums(scale, *sums[:3], less)
+    return _from_sums(scale, peak, mass, slope, less)
 
 
 def sums_and_total(problem: Problem, student: bool) -> tuple[Tensor, Tensor]:  # [N], [N]

@@ -51,6 +51,7 @@ def recursion(
         some_p = p.clamp_min(torch.finfo(p.dtype).tiny)
         w = (some_p / q[1:]).log_()
         w = torch.where(q[1:] > 1e-290, w, some_p.log_().sub_(log_q[1:]))
+        w.masked_fill_(log_q[1:].isinf() & (p == 0), 0)  # a product of −∞: 0 · log 0
     d_logits = torch.zeros_like(q)
     if not detach_target:
         through = d_logits[:-1]

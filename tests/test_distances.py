@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import DTYPES, assert_as_accurate
+from accuracy import DTYPES, assert_as_accurate, sample_views
 
 from rkdo_kernels import distances, icon_loss, reference, tiled
 
@@ -128,3 +128,22 @@ def test_nothing_is_needed_of_a_constant():
         )  # fmt: skip
         for x, y, need in zip(found, both, needs, strict=True):
             assert torch.equal(x, y) if need else not x.numel()
+
+
+@pytest.mark.parametrize("far", [1e5, 1e12, 1e18])
+def test_one_key_far_away_leaves_the_other_gradients_their_digits(far):
+    """It moves the keys' mean, from which the other rows are then as far."""
+    views = sample_views(6, 4)
+    views["keys"][3] *= far
+    results = []
+    for function, more in (
+        (icon_loss, {"bound": None, "backend": "tiled"}),
+        (reference.icon_loss, {}),
+    ):
+        dtype = torch.float32 if more else torch.float64
+        pair = {key: x.to(dtype, copy=True).requires_grad_() for key, x in views.items()}
+        loss = function(**pair, kernel="student", temperature=0.4, **more).sum()
+        loss = loss if not more else loss * 6  # the mean, else
+        results.append([x.double() for x in torch.autograd.grad(loss, list(pair.values()))])
+    for found, true in zip(*results, strict=True):
+        assert float((found - true).abs().max()) <= 1e-5

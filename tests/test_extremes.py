@@ -4,6 +4,7 @@ import pytest
 import torch
 from accuracy import DEVICE, assert_as_accurate, sample_views
 from test_half_precision import collapsed, nt_xent_rows
+from torch.nn.functional import normalize
 
 from rkdo_kernels import (
     icon_loss,
@@ -132,6 +133,31 @@ def test_a_target_that_is_all_but_even(kernel, debias, path):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cold_softmax_of_keys_that_are_alike(dtype):
+    """What S was rounded to cancels between the mean of S and the softmax's sum, if both have it:
+    1/τ multiplies it otherwise, and the loss is next to nothing."""
+    misses = []
+    for seed in range(8):
+        for temperature in (0.01, 0.05):
+            views = sample_views(4, 3, torch.float64, m=6, seed=seed)
+            views = {key: normalize(0.03 * x + 1, dim=1) for key, x in views.items()}
+            try:
+                assert_as_accurate(
+                    lambda t=temperature, **x: icon_loss(
+                        **x, temperature=t, debias=1, positive_offset=0, bound=None,
+                        reduction="none", backend="tiled",
+                    ),
+                    lambda t=temperature, **x: reference.icon_loss(**x, temperature=t, debias=1),
+                    {key: x.to(DEVICE, dtype) for key, x in views.items()},
+                    scale=1 / temperature,
+                    draws=12,
+                )  # fmt: skip
+            except AssertionError as miss:
+                misses.append(f"{seed}, {temperature}: {miss}")
+    assert not misses, "\n".join(misses)
+
+
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 def test_cold_sums_of_few_keys_keep_their_digits(backend):
     """A fixed shift rounds exponents at b/τ: past a limit a running maximum takes over."""
@@ -159,3 +185,28 @@ def test_moments_of_a_key_at_the_bound_are_one(learnable, backend):
         )
         found = similarity_moments(queries, keys, temperature=given, degree=1, backend=backend)
         assert float((found - true).abs().max()) <= 5 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_a_positive_whose_product_is_rounded_by_more_than_the_temperature(backend, monkeypatch):
+    """It weighs all there is, and no exponential of what it was rounded by is ∞."""
+    monkeypatch.setattr(small, "MAX_ENTRIES", 0)
+    for seed in range(6):
+        views = sample_views(6, 7, m=9, seed=seed)
+        views["keys"][:6] = 1e17 * (views["queries"] + 0.1 * views["keys"][:6])
+        for settings in ({"depth": 1}, {"cooling": 0.9}, {"alpha": 1.0}):
+            loss = rkdo_loss(
+                **views, **settings, bound=None, positive_offset=0, reduction="none",
+                backend=backend, temperature=0.03,
+            )  # fmt: skip
+            true = reference.rkdo_loss(
+                **{key: x.double() for key, x in views.items()}, **settings, temperature=0.03
+            )
+            numbers = torch.isfinite(true) & (true < 1)
+            assert numbers.any()
+            assert float((loss.double() - true)[numbers].abs().max()) <= 1e-6
+
+
+def test_an_alpha_below_float32_with_half_precision():
+    """The kernels' arithmetic stays in float32, and a matrix product takes no float64."""
+    hold(sample_views(3, 4, torch.float16), PATHS["direct-triton"], 0.5, alpha=5e-324)

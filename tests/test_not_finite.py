@@ -79,3 +79,49 @@ def agree(found, true, where):
     if where != "query":
         numbers = numbers & ~found.isnan()
     return torch.allclose(found[numbers], true[numbers], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "clip", "nt_xent", "icon, one-hot"])
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_a_row_with_one_product_that_is_infinite(name, backend):
+    """No loss of 0, which one finite product would give, whatever its sign."""
+    function, eager, settings = LOSSES[name]
+    for value in (float("inf"), -float("inf")):
+        queries, keys = torch.tensor([[value, 0.5]]), torch.tensor([[0.5, 0.5]])
+        assert not torch.isfinite(eager(queries.double(), keys.double(), **settings)).any()
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            if dtype == torch.float64 and backend == "triton":
+                continue
+            found = function(queries.to(dtype), keys.to(dtype), **settings, **OPEN, backend=backend)
+            assert not torch.isfinite(found)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_a_positive_alone_and_infinite(backend, value):
+    """All other keys left out."""
+    queries, keys = torch.tensor([[1.0]]), torch.tensor([[1.0], [value]])
+    found = info_nce(queries, keys, exclude_self=True, positive_offset=1, **OPEN, backend=backend)
+    assert not torch.isfinite(found)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 5e-324, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, "learnable"])
+def test_a_key_that_weighs_nothing_costs_no_row_where_all_of_s_is_small(alpha, temperature):
+    """A product of −∞: 0 · log 0. The others' losses and gradients are those without that key."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.rand(N, 5, generator=generator) + 0.1
+    keys = torch.rand(M, 5, generator=generator)
+    keys[-1, 1] = -float("inf")
+    settings = {"alpha": alpha, "positive_offset": 0}
+    given = 0.5 if temperature == 0.5 else torch.tensor(0.5, requires_grad=True)
+    leaf, most = keys.clone().requires_grad_(), keys[:-1].double().requires_grad_()
+    loss = rkdo_loss(
+        queries, leaf, temperature=given, **settings, **OPEN, reduction="none", backend="tiled"
+    )
+    true = reference.rkdo_loss(queries.double(), most, temperature=0.5, **settings)
+    gradient, of_most = (
+        torch.autograd.grad(x.sum(), y)[0] for x, y in ((loss, leaf), (true, most))
+    )
+    assert torch.allclose(loss.double(), true, rtol=1e-5)
+    assert torch.allclose(gradient[:-1].double(), of_most, rtol=1e-5, atol=1e-6)

@@ -46,7 +46,7 @@ def losses(case: Case, queries: Tensor, keys: Tensor, temperature: float | Tenso
     if s.get("exclude_self"):
         logits = without_self(logits)
     if case.loss == "similarity_logsumexp":
-        return torch.logsumexp(logits, 1)
+        return logsumexp(logits)
     rows = -torch.log_softmax(logits, 1)[diagonal, positive]
     if s.get("symmetric"):
         return (rows - torch.log_softmax(logits, 0)[positive, diagonal]) / 2
@@ -100,15 +100,28 @@ def recursion(
             continue
         new = math.log(alpha) + log_q[t - 1]
         first = off is None or alpha == 1
-        off = new if first else torch.logaddexp(math.log1p(-alpha) + off, new)
+        off = new if first else log_of_sum(math.log1p(-alpha) + off, new)
         log_p = off
         if alpha < 1:
-            rest = torch.full_like(off, t * math.log1p(-alpha))
-            log_p = torch.where(at, torch.logaddexp(off, rest), off)
+            log_p = torch.where(at, log_of_sum(off, t * math.log1p(-alpha)), off)
         if detach_target:
             log_p = log_p.detach()
         loss = loss + (log_p.exp() * (log_p - log_q[t])).sum(1)
     return loss
+
+
+def logsumexp(logits: Tensor) -> Tensor:  # [N, M] -> [N]
+    """torch.logsumexp, whose gradient is a softmax only as far as the result has digits: in the
+    truth's float64, that is, as float32 stands for eager code."""
+    if logits.dtype != torch.float64:
+        return torch.logsumexp(logits, 1)
+    peak = logits.detach().amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    return peak[:, 0] + torch.log(torch.exp(logits - peak).sum(1))
+
+
+def log_of_sum(a: Tensor, b: Tensor | float) -> Tensor:
+    """torch.logaddexp, whose second derivative is NaN in float32 from a difference of 89 on."""
+    return b + torch.nn.functional.softplus(a - b, threshold=40)
 
 
 # ---- in 80 digits --------------------------------------------------------------------------------
