@@ -29,7 +29,7 @@ FUNCTIONS = {
     "rkdo-uncooled": (rkdo_loss, reference.rkdo_loss, {"cooling": 0}),
     "icon": (icon_loss, reference.icon_loss, {}),
     "info_nce": (info_nce, reference.info_nce, {"temperature": 0.2}),
-    "info_nce-cold": (info_nce, reference.info_nce, {"temperature": 0.03}),
+    "info_nce-cold": (info_nce, reference.info_nce, {"temperature": 0.05}),
 }
 SHAPES = [  # n, m, d, positive_offset, aligned
     (1, 1, 1, 0, False), (3, 3, 31, 0, True), (64, 64, 64, 0, False), (65, 63 + 9, 140, 7, True),
