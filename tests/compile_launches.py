@@ -39,14 +39,19 @@ def losses():
         partial(rk.similarity_logsumexp, temperature=0.01),
         partial(rk.similarity_moments, temperature=0.3, degree=3),
     ]  # fmt: skip
-    for n, d in ((320, 64), (1, 1), (320, 256)):
-        for loss in every if d < 256 else (rkdo, nce, rk.nt_xent):
+    direct, student = partial(rkdo, bound=None), partial(icon, kernel="student")
+    for n, d, losses in (
+        (320, 64, every),
+        (1, 1, (rkdo, direct, student, partial(nce, symmetric=True))),
+        (320, 256, (rkdo, nce, rk.nt_xent)),
+    ):
+        for loss in losses:
             loss(*views(n, n, d, torch.bfloat16)).sum().backward()
     for loss in (rkdo, nce, icon, partial(rkdo, bound=None)):
         loss(*views(65, 300, 40, torch.float32), positive_offset=100).backward()
     launch.splits = lambda *_: 2  # as where there are fewer programs than processors
-    direct = partial(rkdo, bound=None), partial(nce, bound=None), partial(icon, kernel="student")
-    for loss in (rkdo, nce, rk.nt_xent, partial(nce, symmetric=True), *direct):
+    for loss in (rkdo, nce, rk.nt_xent, partial(nce, symmetric=True), direct, student,
+                 partial(nce, bound=None)):  # fmt: skip
         loss(*views(320, 320, 64, torch.bfloat16)).sum().backward()
 
 

@@ -4,11 +4,29 @@ import os
 
 import pytest
 import torch
+from pairs import thin
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 # The tensors are small: threads would wait for one another. Other numbers are for tests/matrix.py.
 torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-cases", action="store_true", help="of tests marked `pairs`, all combinations"
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "pairs: of its parameters' product, every pair of values")
+
+
+@pytest.hookimpl(trylast=True)  # after what the command line chooses
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all-cases"):
+        items[:], left_out = thin(items)
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture

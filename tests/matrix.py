@@ -1,11 +1,12 @@
 """Runs the whole suite as on other machines, and prints a table of what passed.
 
-    python tests/matrix.py [NAME ...] [--jobs N] [--list] [-- PYTEST ARGUMENTS]
+    python tests/matrix.py [NAME ...] [--apart] [--jobs N] [--list] [-- PYTEST ARGUMENTS]
 
 A row is an environment (a Python with a release of PyTorch and the Triton that it brings), and what
 makes this processor act like another: instruction sets, threads, the order of the tests. Each
 environment is a virtual one below `.venvs`, made at its first use by the pip of a `pythonX.Y` on
-PATH, and kept. Names choose rows, by their beginning; without one all run, one after another.
+PATH, and kept. Few rows have everything, several things each; with `--apart` there is a row for
+each thing. Names choose among all rows, by their beginning; the rows run one after another.
 What a row printed is in `runs/matrix/NAME.log`. Exits with 1 if a row failed or could not run.
 """
 
@@ -58,12 +59,25 @@ class Machine:
 OLDEST = Environment("3.12", "torch==2.11.*", ("numpy==2.2.*",))
 NEWEST = Environment("3.13", "torch")
 USUAL = Environment("3.11", "torch==2.14.*")
-MACHINES = [
+OTHER = Environment("3.10", "torch==2.14.*")
+SHUFFLED = ("--random-order-bucket=global", "--random-order-seed=1")
+# Together these have all: a version, an instruction set or a thread count is in one row at least.
+TOGETHER = [
     Machine("usual", USUAL),
-    Machine("oldest", OLDEST),
-    Machine("newest", NEWEST),
-    Machine("newest-python-3.11", Environment("3.11", "torch")),
-    Machine("python-3.10", Environment("3.10", "torch==2.14.*")),
+    Machine("oldest", OLDEST, {
+        "ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "TEST_THREADS": "2",
+    }),
+    Machine("newest", NEWEST, {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}, SHUFFLED),
+    Machine("other", OTHER, {
+        "ATEN_CPU_CAPABILITY": "avx512", "MKL_ENABLE_INSTRUCTIONS": "AVX512", "TEST_THREADS": "5",
+    }),
+]  # fmt: skip
+# One by one they tell which of them a failure comes from.
+APART = [
+    Machine("oldest-versions", OLDEST),
+    Machine("newest-versions", NEWEST),
+    Machine("newest-versions-python-3.11", Environment("3.11", "torch")),
+    Machine("python-3.10", OTHER),
     *(
         Machine(f"aten-{level}", USUAL, {"ATEN_CPU_CAPABILITY": level})
         for level in ("default", "avx2", "avx512")
@@ -74,9 +88,7 @@ MACHINES = [
     ),
     Machine("mkl-compatible", USUAL, {"MKL_CBWR": "COMPATIBLE"}),
     *(Machine(f"threads-{n}", USUAL, {"TEST_THREADS": str(n)}) for n in (2, 5)),
-    Machine(
-        "random-order", USUAL, options=("--random-order-bucket=global", "--random-order-seed=1")
-    ),
+    Machine("random-order", USUAL, options=SHUFFLED),
 ]
 
 
@@ -107,13 +119,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="*", help="rows, by the beginning of their names")
+    parser.add_argument("--apart", action="store_true", help="one thing at a time")
     parser.add_argument("--jobs", type=int, default=2, help="processes of a suite (%(default)s)")
     parser.add_argument("--list", action="store_true", help="name the rows, run nothing")
     own, more = sys.argv[1:], []
     if "--" in own:
         own, more = own[: own.index("--")], own[own.index("--") + 1 :]
     chosen = parser.parse_args(own)
-    machines = [m for m in MACHINES if m.name.startswith(tuple(chosen.name) or ("",))]
+    machines = [*TOGETHER[:1], *APART] if chosen.apart else TOGETHER
+    if chosen.name:
+        machines = [m for m in [*TOGETHER, *APART] if m.name.startswith(tuple(chosen.name))]
     if not machines:
         parser.error(f"no row is named {' or '.join(chosen.name)}; see --list")
     rows = []

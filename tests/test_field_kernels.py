@@ -121,6 +121,7 @@ def hold(found, naive, truth, what):
     assert error <= limit, f"{what}: {error:.3g} passes {limit:.3g}"
 
 
+@pytest.mark.pairs
 @every_walk
 @pytest.mark.parametrize("alpha", [0.01, 1.0])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -190,6 +191,7 @@ def test_alpha_0_moves_nothing_but_roundings():
     assert (change <= 2**-7 * problem.matrix.double()).all()
 
 
+@pytest.mark.pairs
 @every_walk
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stored", STORED, ids=str)
@@ -260,6 +262,7 @@ def test_the_same_bits_every_time(parts):
     assert not torch.equal(problem.run(field)["matrix"], first["matrix"])
 
 
+@pytest.mark.pairs
 @every_walk
 @pytest.mark.parametrize("history", [1, 4])
 @pytest.mark.parametrize("prior", ["columns", "labels"])

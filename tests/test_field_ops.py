@@ -360,6 +360,7 @@ def materialised(field, index, initial, n, dtype=torch.float64):
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("backend", "stored"), STORED_BY, ids=str)
 @pytest.mark.parametrize(
     ("k", "n", "count", "d", "dtype", "initial"),

@@ -35,7 +35,7 @@ def parts(monkeypatch):
     return formed
 
 
-@pytest.fixture(params=[7, 48, 1000])
+@pytest.fixture(params=[20, 48, 1000])
 def height(request, monkeypatch):
     """Of a stripe; the last is cut short."""
     monkeypatch.setattr(launch, "stripe", lambda count, _: min(count, request.param))
@@ -56,6 +56,7 @@ def test_gradient(n, m, d, positive, parts, height, tiles):
         assert parts
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("exclude", DIAGONALS, ids=str)
 def test_diagonals_wherever_they_are(exclude, parts, height, tiles):
     queries, keys, weights, at_positive = inputs(100, 150, 20, BF16)

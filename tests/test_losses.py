@@ -80,6 +80,7 @@ def test_golden_values(case, path, on_path):
     compare(ours, naive, golden_truth(case), scale)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("n", "d", "dtype", "aligned"), SAMPLES)
 @pytest.mark.parametrize(
     ("name", "path"), [(name, path) for name in FUNCTIONS for path in paths_of(name)]

@@ -11,7 +11,7 @@ def usual(tmp_path, monkeypatch):
     """Environments that are this one, and logs that are nobody else's."""
     monkeypatch.setattr(matrix, "ENVIRONMENTS", tmp_path / "environments")
     monkeypatch.setattr(matrix, "LOGS", tmp_path / "logs")
-    for machine in matrix.MACHINES:
+    for machine in [*matrix.TOGETHER, *matrix.APART]:
         folder = machine.environment.folder / "bin"
         folder.mkdir(parents=True, exist_ok=True)
         (folder.parent / ".ready").touch()
@@ -26,17 +26,28 @@ def run(monkeypatch, *arguments):
     return matrix.main()
 
 
-def test_every_release_python_and_instruction_set_has_a_row():
-    environments = {machine.environment for machine in matrix.MACHINES}
+@pytest.mark.parametrize("rows", ["TOGETHER", "APART"])
+def test_every_release_python_and_instruction_set_has_a_row(rows):
+    machines = [matrix.TOGETHER[0], *getattr(matrix, rows)]
+    environments = {machine.environment for machine in machines}
     assert {e.python for e in environments} == {"3.10", "3.11", "3.12", "3.13"}
     assert {e.torch for e in environments} == {"torch==2.11.*", "torch==2.14.*", "torch"}
     assert len({e.folder for e in environments}) == len(environments)
-    settings = {f"{k}={v}" for m in matrix.MACHINES for k, v in m.variables.items()}
+    settings = {f"{k}={v}" for m in machines for k, v in m.variables.items()}
     assert settings == {
         "ATEN_CPU_CAPABILITY=default", "ATEN_CPU_CAPABILITY=avx2", "ATEN_CPU_CAPABILITY=avx512",
         "MKL_ENABLE_INSTRUCTIONS=AVX2", "MKL_ENABLE_INSTRUCTIONS=AVX512", "MKL_CBWR=COMPATIBLE",
         "TEST_THREADS=2", "TEST_THREADS=5",
     }  # fmt: skip
+    assert any("random" in option for m in machines for option in m.options)
+
+
+def test_apart_is_one_thing_at_a_time(monkeypatch, capsys):
+    assert all(len(m.variables) + (m.options != ()) <= 1 for m in matrix.APART)
+    for arguments, rows in (([], matrix.TOGETHER), (["--apart"], matrix.APART)):
+        assert run(monkeypatch, "--list", *arguments) == 0
+        names = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+        assert names == ["usual", *(m.name for m in rows if m.name != "usual")]
 
 
 def test_a_row_is_told_with_what_it_ran(usual, monkeypatch, capsys):

@@ -21,6 +21,7 @@ def in_parts(monkeypatch):
     return split
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize(("n", "m", "offset"), [(1, 1, 0), (33, 100, 40), (40, 64, 0)])

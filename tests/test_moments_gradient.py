@@ -59,6 +59,7 @@ def splits(request, monkeypatch):
     monkeypatch.setattr(launch, "splits", lambda *_: request.param)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("positive", [False, True], ids=["without positives", "positives"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (37, 70, 20), (33, 49, 140)])
@@ -68,6 +69,7 @@ def test_gradient(n, m, d, dtype, positive, splits, tiles):
         check(queries, keys, weights, at_positive if positive else None, exclude)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("exclude", DIAGONALS, ids=str)
 @pytest.mark.parametrize(("parts", "steps", "rows", "cols"), [(1, 1, 32, 16), (2, 2, 16, 32)])
 def test_diagonals_wherever_they_are(exclude, parts, steps, rows, cols, monkeypatch):

@@ -82,6 +82,7 @@ def path(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["tiled", "triton"])
 @pytest.mark.parametrize("name", LOSSES)

@@ -66,6 +66,7 @@ def backend(request, monkeypatch):
 EXCLUDED = [[], [0], [3], [7, 0], [0, 40], [69]]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("exclude", EXCLUDED, ids=str)
 @pytest.mark.parametrize(("bound", "degree"), [(1.0, 0), (1.5, 1), (1.0, 4), (2.0, 4)])
 def test_moments(bound, degree, exclude, backend, tiles):
@@ -77,6 +78,7 @@ def test_moments(bound, degree, exclude, backend, tiles):
     )  # fmt: skip
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("exclude", EXCLUDED, ids=str)
 @pytest.mark.parametrize("student", [False, True])
 def test_softmax_sums(student, exclude, backend, tiles):
@@ -91,6 +93,7 @@ def test_softmax_sums(student, exclude, backend, tiles):
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("student", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(32, 64), (33, 64), (64, 33), (5, 3)])
 def test_softmax_sums_of_whole_and_of_broken_tiles(n, m, student, backend, tiles):
@@ -127,6 +130,7 @@ def test_slopes_are_the_derivatives_for_the_scales(student, backend, tiles):
     assert float((slope - wanted).abs().max()) <= 2e-6 * float(wanted.abs().max())
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("n", "m", "d"), [(37, 70, 20), (64, 64, 64), (16, 32, 16), (33, 49, 140)])
 def test_tiles_and_their_edges(n, m, d, backend, tiles, monkeypatch):
     monkeypatch.setattr(small, "MAX_ENTRIES", 0)
@@ -143,6 +147,7 @@ def test_tiles_and_their_edges(n, m, d, backend, tiles, monkeypatch):
             )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("learnable", [False, True], ids=["float", "learnable"])
 @pytest.mark.parametrize(
     ("kept", "name"),

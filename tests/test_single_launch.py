@@ -103,6 +103,7 @@ def hold(launched, monkeypatch):
     return check
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "m", "d", "offset", "aligned"), SHAPES)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -110,6 +111,7 @@ def test_as_accurate_as_eager(name, n, m, d, offset, aligned, dtype, hold):
     hold(name, sample_views(n, d, dtype, m=m, aligned=aligned), offset)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("detach_target", [False, True])
 @pytest.mark.parametrize("depth", [1, 3, 8])
 @pytest.mark.parametrize("alpha", [0, 0.3, 1])

@@ -39,6 +39,7 @@ def check_sums(views, exclude, backend, paired=False):
     assert_as_accurate(ours, lambda **x: materialised(**x, exclude=exclude, paired=paired), views)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("exclude", DIAGONALS, ids=str)
 def test_both_sums(exclude, backend, splits, launches, tiles):
@@ -55,6 +56,7 @@ def test_both_sums_in_every_dtype(n, m, d, dtype, backend, tiles):
     check_sums(views, [m - n] if m >= n else [-1], backend, paired=m >= n)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d"), [(1, 3), (37, 20), (70, 140)])
@@ -164,6 +166,7 @@ def hold(name, views, settings, reduction="none"):
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("n", "d", "dtype", "aligned"), SAMPLES)
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -178,6 +181,7 @@ def test_float64(name, bound):
     hold(name, sample_views(70, 24, torch.float64), {"bound": bound})
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_other_temperatures_bounds_and_reductions(name, path, tiles):
