@@ -74,7 +74,9 @@ def make_batch(
         index, start, fault = settle(index, n, device)
         rows, own = index, torch.arange(index.shape[0], device=device)
     else:
-        queries, keys = gather_keys(queries, group)[0], gather_keys(keys, group)[0]
+        # In float32, or ranks' parts of a key's gradient would be rounded before they are added up.
+        wide = ops.product_dtype(keys)
+        queries, keys = (gather_keys(x.to(wide), group)[0] for x in (queries, keys))
         index, _, fault = settle(gather_keys(index.to(device), group)[0], n, device)
         start, (first, last) = None, held(n, ranks, rank)
         own = ((index >= first) & (index < last)).nonzero()[:, 0]
