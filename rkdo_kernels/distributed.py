@@ -21,8 +21,8 @@ def gather_keys(
     With DDP, which averages gradients, the mean over a rank's own queries trains like the mean over
     the whole batch on one rank. Without a process group it is (keys, 0).
 
-    What the ranks' losses do to half-precision keys is rounded by each rank, as autograd has it, and
-    then added up in float32: where ranks' parts cancel, as on a collapsed batch, gather keys.float().
+    What a rank's loss does to half-precision keys is rounded there, as autograd has it, and then
+    added up in float32. Where ranks' parts cancel, as on a collapsed batch, gather keys.float().
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return keys, 0

@@ -24,8 +24,8 @@ from .primitives import (
     walk,
 )
 
-# Below every x that is no overflow yet: the peak's start, and lower still an entry that is left out.
-# From a peak of 2^126 too their distance is a number; at temperatures below 1e35 it weighs nothing.
+# Below every x that is far from overflow: the peak's start, and lower still an entry left out. Its
+# distance from a peak of 2^126 too is a number; at temperatures below 1e35 it weighs nothing.
 LOWEST = tl.constexpr(-(2.0**125))
 LEFT_OUT = tl.constexpr(-(2.0**126))
 
