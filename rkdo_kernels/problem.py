@@ -88,9 +88,9 @@ class Problem:
     def over_all_images(self) -> Problem:
         """With queries and keys as the keys, the positives in their second half."""
         other = copy(self)
-        n = other.offset = len(self.queries)
+        n = other.offset = self.queries.shape[0]  # which may be symbolic: len would fix it
         other.keys = torch.cat([self.queries, self.keys])
-        other.stand_ins = self.stand_ins[0], joined(*self.stand_ins, (n, len(self.keys)))
+        other.stand_ins = self.stand_ins[0], joined(*self.stand_ins, (n, self.keys.shape[0]))
         return other
 
     def among_themselves(self) -> None:
