@@ -53,13 +53,13 @@ def make_batch(
     group: Any = None,
 ) -> Batch:
     checks.choice("backend", backend, ("auto", "triton", "tiled"))
+    no_transforms(queries, keys, temperature)
     checks.temperature(temperature)
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature must not require a gradient: the field has none for it")
     queries, keys = out_of_autocast(queries, keys)
     checks.embeddings(queries, keys)
     checks.as_many("ResponseField", queries, keys)
-    no_transforms(queries, keys)
     if queries.device != device:
         raise ValueError(f"queries are on {queries.device}, the field on {device}: want one device")
     backend = launch.backend_for(backend, queries)
@@ -74,7 +74,9 @@ def make_batch(
         index, start, fault = settle(index, n, device)
         rows, own = index, torch.arange(index.shape[0], device=device)
     else:
-        queries, keys = gather_keys(queries, group)[0], gather_keys(keys, group)[0]
+        # In float32, or ranks' parts of a key's gradient would be rounded before they are added up.
+        wide = ops.product_dtype(keys)
+        queries, keys = (gather_keys(x.to(wide), group)[0] for x in (queries, keys))
         index, _, fault = settle(gather_keys(index.to(device), group)[0], n, device)
         start, (first, last) = None, held(n, ranks, rank)
         own = ((index >= first) & (index < last)).nonzero()[:, 0]
@@ -86,11 +88,12 @@ def make_batch(
 
 def index_of(index: Index, size: int, n: int, device: torch.device) -> Tensor:  # [B] int64
     """Checks what can be checked without reading it."""
+    no_transforms(index)
     if isinstance(index, slice):
         start, stop = index.start or 0, n if index.stop is None else index.stop
         if index.step not in (None, 1) or not 0 <= start < stop <= n:
             raise ValueError(f"index must be a slice of consecutive samples of {n}, got {index}")
-        index = torch.arange(start, stop)
+        index = torch.arange(start, stop, device="cpu")
     if not isinstance(index, Tensor):
         raise TypeError(f"index must be a torch.Tensor or a slice, got {type(index).__name__}")
     if index.dtype not in (torch.int64, torch.int32):
@@ -116,7 +119,7 @@ def settle(
         if bool(twice.any()):
             raise ValueError(f"index must not repeat a sample, got {int(ordered[1:][twice][0])}")
         start = int(index[0])
-        follows = torch.arange(start, start + len(index))
+        follows = torch.arange(start, start + len(index), device="cpu")
         if torch.equal(index, follows):  # made there: no copy, which a CUDA graph cannot capture
             return torch.arange(start, start + len(index), device=device), start, None
         return index.to(device, non_blocking=True), None, None

@@ -74,8 +74,8 @@ def temperature(value: float | Tensor) -> None:
                 "temperature must be a number or a floating tensor of one element, got "
                 f"{dtype_name(value)} {list(value.shape)}"
             )
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # reading it would wait for the device: a bad one gives NaN
+        if not readable(value):
+            return  # a bad one gives NaN
         value = float(value.detach())
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
@@ -127,13 +127,13 @@ def within_bound(
 ) -> Tensor | None:
     """Holds every |S_ij| to `bound`, in O((N + M) D), by the rows' lengths.
 
-    On a CPU a row that is too long raises; elsewhere, where reading would wait for the device, the
-    result is [N] factors for the loss: 1, or NaN for a row that may pass the bound.
+    A row that is too long raises where it can be read (see `readable`); elsewhere the result is [N]
+    factors for the loss: 1, or NaN for a row that may pass the bound.
     """
     queries_norm = torch.linalg.vector_norm(queries.detach(), dim=1, dtype=wide(queries))
     keys_norm = torch.linalg.vector_norm(keys.detach(), dim=1, dtype=wide(keys))
     product = queries_norm * keys_norm.amax()
-    if queries.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(product):
         # An infinite key times a zero query is NaN, and NaN must pass here to poison its row only.
         if bool((product > SLACK * bound).any()):
             row = int(torch.nan_to_num(product, nan=0).argmax())
@@ -160,6 +160,19 @@ def fits(numbers: int, dtype: torch.dtype, device: torch.device, what: str, inst
             f"{what} has {size / 1e9:.4g} GB in {str(dtype)[6:]}, {device} {most / 1e9:.4g} GB: "
             f"{instead}"
         )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether Python may look at numbers: on a CPU, where that waits for no device, and unless they
+    are symbols of torch.compile's or rows that torch.func.vmap goes over."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return True
 
 
 def wide(x: Tensor) -> torch.dtype:

@@ -20,6 +20,9 @@ def gather_keys(
 
     With DDP, which averages gradients, the mean over a rank's own queries trains like the mean over
     the whole batch on one rank. Without a process group it is (keys, 0).
+
+    What a rank's loss does to half-precision keys is rounded there, as autograd has it, and then
+    added up in float32. Where ranks' parts cancel, as on a collapsed batch, gather keys.float().
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return keys, 0
@@ -39,7 +42,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        d_result = d_result.contiguous().clone()
-        dist.all_reduce(d_result, group=ctx.group)
+        wide = torch.promote_types(d_result.dtype, torch.float32)
+        total = torch.empty_like(d_result, dtype=wide, memory_format=torch.contiguous_format)
+        dist.all_reduce(total.copy_(d_result), group=ctx.group)
         start = dist.get_rank(ctx.group) * ctx.rows
-        return d_result[start : start + ctx.rows], None
+        return total[start : start + ctx.rows].to(d_result.dtype), None

@@ -31,6 +31,8 @@ class Problem:
         square: str = "",  # what it is that needs as many keys as queries
     ) -> None:
         checks.choice("backend", backend, ("auto", "triton", "tiled", "reference"))
+        if backend != "reference":
+            no_transforms(queries, keys, temperature)
         checks.temperature(temperature)
         checks.bound(bound)
         self.queries, self.keys = out_of_autocast(queries, keys)
@@ -39,8 +41,6 @@ class Problem:
             checks.as_many(square, queries, keys)
         self.offset = checks.pairing(queries, keys, positive_offset) if paired else 0
         self.backend = launch.backend_for(backend, self.queries)
-        if self.backend != "reference":
-            no_transforms(self.queries, self.keys, temperature)
         self.stand_ins: StandIns = stand_in(self.queries), stand_in(self.keys)
         self.bound = bound
         self.held = bound is None  # to the bound, by whoever has looked at the rows' lengths
@@ -88,9 +88,9 @@ class Problem:
     def over_all_images(self) -> Problem:
         """With queries and keys as the keys, the positives in their second half."""
         other = copy(self)
-        n = other.offset = len(self.queries)
+        n = other.offset = self.queries.shape[0]  # which may be symbolic: len would fix it
         other.keys = torch.cat([self.queries, self.keys])
-        other.stand_ins = self.stand_ins[0], joined(*self.stand_ins, (n, len(self.keys)))
+        other.stand_ins = self.stand_ins[0], joined(*self.stand_ins, (n, self.keys.shape[0]))
         return other
 
     def among_themselves(self) -> None:

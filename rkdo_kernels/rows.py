@@ -165,7 +165,8 @@ def _from_sums(
 
 
 class Sloped(torch.autograd.Function):
-    """The value, with a gradient for the scales whose slopes its operator has computed too."""
+    """The value, with a gradient for the scales whose slopes its operator has computed too. Each of
+    its gradients depends on the scales and on what the value is made of."""
 
     @staticmethod
     def forward(
@@ -174,14 +175,14 @@ class Sloped(torch.autograd.Function):
         slope: Tensor,  # [.., T], ∂value/∂scales
         scales: Tensor,  # [T]
     ) -> Tensor:
-        ctx.save_for_backward(slope, scales)
+        ctx.save_for_backward(value, slope, scales)
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, d_value: Tensor) -> Any:  # type: ignore[override]
-        slope, scales = ctx.saved_tensors
-        d_scales = (d_value[..., None] * slope).flatten(0, -2).sum(0)
-        return d_value, None, once(d_scales, scales)
+        value, slope, scales = ctx.saved_tensors
+        d_scales = (d_value[..., None] * slope).sum(list(range(value.dim())))
+        return once(d_value, scales), None, once(d_scales, value, scales)
 
 
 def _log(x: Tensor) -> Tensor:

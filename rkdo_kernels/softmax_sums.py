@@ -24,9 +24,10 @@ from .primitives import (
     walk,
 )
 
-# Below every x: the peak's start, and lower still an entry that is left out: it weighs nothing.
-LOWEST = tl.constexpr(-1e30)
-LEFT_OUT = tl.constexpr(-2e30)
+# Below every x that is far from overflow: the peak's start, and lower still an entry left out. Its
+# distance from a peak of 2^126 too is a number; at temperatures below 1e35 it weighs nothing.
+LOWEST = tl.constexpr(-(2.0**125))
+LEFT_OUT = tl.constexpr(-(2.0**126))
 
 
 @triton.jit

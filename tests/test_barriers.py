@@ -24,26 +24,32 @@ CALLS = {
 
 
 class Watch:
-    """Keeps the addresses stored to since a barrier."""
+    """Keeps the addresses stored to and loaded from since a barrier."""
 
     def __init__(self):
-        self.stored = set()
+        self.stored, self.loaded = set(), set()
         self.barriers, self.found = 0, []
 
     def load(self, addresses, mask):
         here = addresses[mask].tolist()
         if self.stored.intersection(here):
             self.found.append("load of what was stored")
+        self.loaded.update(here)
 
     def store(self, addresses, mask):
-        self.stored.update(addresses[mask].tolist())
+        here = addresses[mask].tolist()
+        # Perhaps by another thread that has the same row; a tile's entry is nobody else's to use.
+        if addresses.ndim == 1 and self.loaded.intersection(here):
+            self.found.append("store to what was loaded")
+        self.stored.update(here)
 
     def barrier(self):
-        self.stored.clear()
+        self.program()
         self.barriers += 1
 
     def program(self):
         self.stored.clear()
+        self.loaded.clear()
 
 
 @pytest.fixture

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accuracy import sample_views
+
+from rkdo_kernels import ResponseField
 
 ROOT = Path(__file__).parent.parent
 SETTING = """
@@ -105,3 +109,24 @@ def test_later_calls_are_as_if_nothing_had_been(first, wanted, tmp_path):
     errors = done.communicate()[1]
     assert done.returncode == 0, errors[-3000:]
     assert (tmp_path / "values").read_bytes() == wanted
+
+
+@pytest.mark.parametrize("given", [{}, {"initial": torch.arange(12) // 3}], ids=["own", "labels"])
+@pytest.mark.parametrize("index", [slice(2, 10), torch.tensor([5, 2, 9, 3])], ids=["slice", "some"])
+@pytest.mark.parametrize("kind", ["dense", "snapshot"])
+def test_fields_stay_where_they_are_under_another_default_device(kind, index, given):
+    views = sample_views(4 if isinstance(index, torch.Tensor) else 8, 4)
+    pair = [views[name].cpu() for name in ("queries", "keys")]
+
+    def result(default):
+        with torch.device(default):
+            made = {"n": 12, "device": "cpu", **given}
+            if kind == "snapshot":
+                field = ResponseField.snapshot(**made, dim=4, history=2)
+            else:
+                field = ResponseField.dense(**made)
+            losses = [field.step(*pair, index, temperature=0.1) for _ in range(3)]
+            return torch.stack(losses), field.block(index)
+
+    for found, wanted in zip(result("meta"), result("cpu"), strict=True):
+        assert torch.equal(found, wanted)

@@ -4,8 +4,9 @@ import torch
 import torch.distributed as dist
 from accuracy import sample_views
 from ranks import on_two_ranks
+from test_half_precision import collapsed
 
-from rkdo_kernels import info_nce, rkdo_loss
+from rkdo_kernels import ResponseField, info_nce, rkdo_loss
 from rkdo_kernels.distributed import gather_keys
 
 ROWS = 6
@@ -60,6 +61,50 @@ def test_two_ranks_are_one(tmp_path):
     assert all(torch.equal(x, torch.cat([own, own + 100])) for x in gathered)
     weights = torch.arange(ROWS * 4, dtype=torch.float64).view(2 * ROWS, 2)
     assert torch.equal(torch.cat(gradients), 3 * weights)
+
+
+def collapsed_views():
+    return [x.cpu() for x in collapsed(4 * ROWS, 24, torch.bfloat16, cosine=0.99).values()]
+
+
+def halves_of(rank, _):
+    mine = slice(rank * 2 * ROWS, (rank + 1) * 2 * ROWS)
+    index, results = torch.arange(4 * ROWS), {}
+    for kind, field in fields(dist.group.WORLD).items():
+        for reduction in ("sum", "none"):
+            pair = [x[mine].clone().requires_grad_() for x in collapsed_views()]
+            loss = field.loss(*pair, index[mine], reduction=reduction)
+            (loss if reduction == "sum" else 2 * loss.sum()).backward()  # a sum is DDP's mean
+            results[f"{kind}, {reduction}"] = torch.cat([x.grad for x in pair], 1)
+    # parts of one key's gradient: 1, and on the other rank half of bfloat16's step there
+    keys = torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    all_keys, _ = gather_keys(keys)
+    weights = [1.0, 2**-8] if rank == 0 else [2**-8, 2**-8]
+    (all_keys * torch.tensor(weights * 2, dtype=torch.bfloat16)[:, None]).sum().backward()
+    results["summed"] = keys.grad
+    return results
+
+
+def fields(group):
+    labels = torch.arange(4 * ROWS) // 3
+    snapshot = ResponseField.snapshot(4 * ROWS, 24, history=2, initial=labels, process_group=group)
+    dense = ResponseField.dense(4 * ROWS, initial=labels, process_group=group)
+    return {"dense": dense, "snapshot": snapshot}
+
+
+def test_ranks_parts_of_a_field_s_gradient_are_rounded_after_they_are_added_up(tmp_path):
+    ranks = on_two_ranks(halves_of, tmp_path)
+    for kind, field in fields(None).items():
+        for reduction in ("sum", "none"):
+            pair = [x.requires_grad_() for x in collapsed_views()]
+            field.loss(*pair, slice(0, 4 * ROWS), reduction=reduction).sum().backward()
+            one = torch.cat([x.grad for x in pair], 1).double()
+            name = f"{kind}, {reduction}"
+            found = torch.cat([rank[name] for rank in ranks]).double() / 2
+            assert float((found - one).abs().max()) <= 2**-8 * float(one.abs().max())
+    for rank in ranks:
+        assert rank["summed"].dtype == torch.bfloat16
+    assert torch.equal(ranks[0]["summed"][0], torch.full((3,), 1 + 2**-8).bfloat16())
 
 
 def test_without_a_process_group_keys_stay_what_they_are():

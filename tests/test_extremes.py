@@ -7,11 +7,13 @@ from test_half_precision import collapsed, nt_xent_rows
 from torch.nn.functional import normalize
 
 from rkdo_kernels import (
+    ResponseField,
     icon_loss,
     info_nce,
     nt_xent,
     reference,
     rkdo_loss,
+    similarity_logsumexp,
     similarity_moments,
     small,
 )
@@ -205,6 +207,34 @@ def test_a_positive_whose_product_is_rounded_by_more_than_the_temperature(backen
             numbers = torch.isfinite(true) & (true < 1)
             assert numbers.any()
             assert float((loss.double() - true)[numbers].abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+@pytest.mark.parametrize("far", [1.0, 1e13, 1e16])
+@pytest.mark.parametrize("temperature", [1e30, 1e33])
+def test_what_is_left_out_weighs_nothing(temperature, far, backend):
+    """However low all the products of a row are, and however hot its softmax is."""
+    views = sample_views(5, 7, m=9)
+    views["queries"], views["keys"] = far * views["queries"].abs(), -far * views["keys"].abs()
+    given = {"temperature": temperature, "bound": None}
+    paired = {**given, "positive_offset": 1}
+    cast = {name: x.double() for name, x in views.items()}
+    for function, settings in (
+        (similarity_logsumexp, {**given, "exclude_self": True}), (info_nce, paired),
+        (icon_loss, {**paired, "debias": 0.5}), (rkdo_loss, paired),
+        (icon_loss, {**paired, "kernel": "student"}),
+    ):  # fmt: skip
+        settings |= {} if function is similarity_logsumexp else {"reduction": "none"}
+        found = function(**views, **settings, backend=backend)
+        true = function(**cast, **settings, backend="reference")
+        assert torch.allclose(found.double(), true, rtol=1e-5, atol=1e-6)
+    field, index = ResponseField.dense(9, device=DEVICE), torch.arange(5, device=DEVICE)
+    views["keys"], cast["keys"] = views["keys"][:5], cast["keys"][:5]
+    found = field.loss(
+        *views.values(), index, temperature=temperature, reduction="none", backend=backend
+    )
+    true = info_nce(**cast, **given, reduction="none", backend="reference")
+    assert torch.allclose(found.double(), true, rtol=1e-5, atol=1e-6)
 
 
 def test_an_alpha_below_float32_with_half_precision():

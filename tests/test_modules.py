@@ -114,3 +114,14 @@ def test_settings_are_checked_when_they_are_given(module, settings, error, words
 def test_settings_show():
     assert "alpha=0.2" in repr(RKDOLoss(alpha=0.2))
     assert "temperature=0.3" in repr(IConLoss(temperature=0.3))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.02}], ids=["warm", "cold"])
+@pytest.mark.parametrize("module", [RKDOLoss, IConLoss, InfoNCELoss, NTXentLoss])
+def test_an_exported_module_takes_batches_of_other_sizes(module, settings):
+    loss, rows = module(**settings), torch.export.Dim("rows", min=2, max=1000)
+    pair = tuple(sample_views(20, 4).values())
+    exported = torch.export.export(loss, pair, dynamic_shapes=({0: rows}, {0: rows})).module()
+    for n in (7, 140):
+        pair = tuple(sample_views(n, 4).values())
+        torch.testing.assert_close(exported(*pair), loss(*pair))

@@ -6,6 +6,7 @@ from accuracy import DEVICE, sample_views
 from torch.autograd import forward_ad
 
 from rkdo_kernels import (
+    ResponseField,
     icon_loss,
     info_nce,
     nt_xent,
@@ -123,6 +124,84 @@ def test_half_precision_and_temperatures_too(name, settings):
     assert str(refused.value) == REFUSAL
 
 
+def by_temperature_then(to, loss, temperature):
+    (gradient,) = torch.autograd.grad(loss, temperature, create_graph=True)
+    torch.autograd.grad(gradient, to)
+
+
+def then_by_temperature(to, loss, temperature):
+    (gradient,) = torch.autograd.grad(loss, to, create_graph=True)
+    torch.autograd.grad(gradient.square().sum(), temperature)
+
+
+@pytest.mark.parametrize("order", [by_temperature_then, then_by_temperature])
+@pytest.mark.parametrize("name", LOSSES)
+def test_mixed_derivatives_with_the_temperature(name, order, settings):
+    """A part of one would be a number like any other."""
+    pair = views(torch.float32)
+    for to in pair:
+        temperature = torch.tensor(0.5, device=DEVICE, requires_grad=True)
+        loss = LOSSES[name](*pair, **settings | {"temperature": temperature})
+        with pytest.raises(NotImplementedError) as refused:
+            order(to, loss, temperature)
+        assert str(refused.value) == REFUSAL
+
+
+BY_TEMPERATURE = {
+    "vmap": lambda loss, t: torch.func.vmap(loss)(torch.stack([t, 2 * t])),
+    "grad": lambda loss, t: torch.func.grad(loss)(t),
+    "jvp": lambda loss, t: torch.func.jvp(loss, (t,), (t,)),
+}
+
+
+@pytest.mark.parametrize("way", BY_TEMPERATURE)
+@pytest.mark.parametrize("name", LOSSES)
+def test_transforms_of_the_temperature(name, way, settings):
+    pair, temperature = views(torch.float32), torch.tensor(0.5, device=DEVICE)
+    with pytest.raises(NotImplementedError) as refused:
+        BY_TEMPERATURE[way](
+            lambda t: LOSSES[name](*pair, **settings | {"temperature": t}), temperature
+        )
+    assert str(refused.value) == REFUSAL
+
+
+@pytest.mark.parametrize("method", ["loss", "step", "update"])
+@pytest.mark.parametrize("way", BY_TEMPERATURE)
+def test_transforms_of_a_field_s_temperature_and_index(way, method):
+    pair, index = [x.detach() for x in views(torch.float32)], torch.arange(6, device=DEVICE)
+    field = ResponseField.dense(6, device=DEVICE)
+    before = field.state_dict()
+    temperature = torch.tensor(0.5, device=DEVICE)
+    with pytest.raises(NotImplementedError) as refused:
+        BY_TEMPERATURE[way](
+            lambda t: getattr(field, method)(*pair, index, temperature=t), temperature
+        )
+    assert str(refused.value) == REFUSAL
+    with pytest.raises(NotImplementedError) as refused:
+        torch.func.vmap(lambda i: getattr(field, method)(*pair, i))(index[None])
+    assert str(refused.value) == REFUSAL
+    for read in (field.block, field.rows):
+        with pytest.raises(NotImplementedError) as refused:
+            torch.func.vmap(read)(index[None])
+        assert str(refused.value) == REFUSAL
+    assert all(torch.equal(x, before[name]) for name, x in field.state_dict().items()
+               if isinstance(x, torch.Tensor))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_several_gradients_at_once(name, settings):
+    """torch.autograd maps the backward pass over them, which is no second derivative."""
+    pair, temperature = views(torch.float32), torch.tensor(0.5, device=DEVICE, requires_grad=True)
+    for given in ({}, {"temperature": temperature}):
+        inputs = *pair, *given.values()
+        loss = LOSSES[name](*pair, **settings | given)
+        scales = torch.tensor([1.0, -2.0, 0.5], device=DEVICE)
+        found = torch.autograd.grad(loss, inputs, scales, is_grads_batched=True, retain_graph=True)
+        one = torch.autograd.grad(loss, inputs)
+        for several, x in zip(found, one, strict=True):
+            assert torch.allclose(several, scales.view(-1, *[1] * x.dim()) * x, rtol=1e-5)
+
+
 REFERENCE = {
     **{name: (LOSSES[name], {}) for name in LOSSES},
     "more keys": (info_nce, {"positive_offset": 1, "exclude_self": True}),
@@ -153,6 +232,21 @@ def test_the_reference_has_second_derivatives(name):
             assert torch.autograd.gradgradcheck(loss, pair, rtol=1e-4)
             hessian = torch.func.hessian(lambda x, keys=pair[1], loss=loss: loss(x, keys))
             assert hessian(pair[0].detach()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_reference_takes_vmap(name):
+    """Of embeddings and of the temperature, neither of which can be read then."""
+    queries, keys = (x.detach() for x in views(torch.float64))
+    pairs, temperatures = torch.stack([queries, keys]), torch.tensor([0.5, 0.6], device=DEVICE)
+
+    def loss(x, temperature):
+        return LOSSES[name](x, keys, backend="reference", temperature=temperature)
+
+    found = torch.func.vmap(loss)(pairs, temperatures)
+    each = torch.stack([loss(*x) for x in zip(pairs, temperatures, strict=True)])
+    assert torch.allclose(found, each, rtol=1e-12)
+    assert torch.func.vmap(loss)(2 * pairs, temperatures).isnan().all()  # past the bound
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

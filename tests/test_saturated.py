@@ -17,6 +17,7 @@ from rkdo_kernels import (
     rkdo_loss,
     similarity_logsumexp,
     small,
+    tiles,
 )
 
 COLD = {"temperature": 0.01, "bound": None}
@@ -61,6 +62,27 @@ def test_as_accurate_as_eager(name, n, monkeypatch):
             misled(n),
             scale=1 / settings["temperature"],
         )
+
+
+@pytest.mark.parametrize("n", [140, 229, 280, 1100])
+@pytest.mark.parametrize("name", [x for x in LOSSES if "nt_xent" not in x])
+def test_every_pass_has_the_same_tiles(name, n, monkeypatch):
+    """On a CPU whose products round alike whatever their shape, the losses cannot tell."""
+    function, _, settings = LOSSES[name]
+    monkeypatch.setattr(small, "MAX_ENTRIES", 0)
+    seen, product = [], tiles.Tile.product
+
+    def watched(tile, factor):
+        seen.append((tile.rows.start, tile.rows.stop, tile.cols.start, tile.cols.stop))
+        product(tile, factor)
+
+    monkeypatch.setattr(tiles.Tile, "product", watched)
+    pair = {key: x.requires_grad_() for key, x in misled(n, d=4).items()}
+    given = settings if name == "logsumexp" else {**settings, "reduction": "none"}
+    function(**pair, **given).sum().backward()
+    areas = [(below - above) * (right - left) for above, below, left, right in set(seen)]
+    assert len(seen) >= 1.5 * len(areas)  # there are two passes at least, one may be by itself
+    assert sum(areas) == n * n
 
 
 @pytest.mark.parametrize("n", [280, 512])
