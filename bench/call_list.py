@@ -77,10 +77,10 @@ def settings() -> Iterator[LossCall]:
     """Each in one dtype."""
     bf16, fp16, fp32 = ({"dtype": dtype} for dtype in ("bf16", "fp16", "fp32"))
     # All rows near one direction: G, which is rounded for the product with the keys, cancels there.
-    # Measured on sm_90, in yardsticks: up to 7.1 and direct 12.4; see CONTRIBUTING.
+    # Measured on sm_90, in yardsticks: up to 7.1; see CONTRIBUTING.
     near = {"cosine": 0.999, "known_miss": 9.0, **bf16}
     yield of("rkdo, collapsed", "rkdo", **near)
-    yield of("rkdo direct, collapsed", "rkdo", DIRECT, **near | {"known_miss": 15.0})
+    yield of("rkdo direct, collapsed", "rkdo", DIRECT, **near)
     yield of("info_nce, collapsed", "info_nce", **near)
     yield of("info_nce both ways, collapsed", "info_nce", symmetric=True, **near)
     yield of("nt_xent, collapsed", "nt_xent", **near)

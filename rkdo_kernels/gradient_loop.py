@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .parts import store_part
+from .parts import at_partners, store_part
 from .primitives import add_pulls, distance_tile, into, load_rows, similarity_tile, walk
 
 
@@ -22,6 +22,9 @@ def gradient_loop(
     ROW_VALUES: tl.constexpr,  # (tables, first_i, n, ROWS, AXIS, MASKED): what rows i need
     KEY_VALUES: tl.constexpr,  # (tables, first_j, m, COLS, AXIS, MASKED): what keys j need
     TILE: tl.constexpr,  # (s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST): G
+    at_positive_ptr,  # [N]         in, G at (i, i + offset), which no tile has
+    offset,
+    POSITIVE: tl.constexpr,  # whether there is such
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     BETWEEN: tl.constexpr,  # s is ‖zq − zk‖², and G weighs differences
     SPLIT: tl.constexpr,
@@ -70,6 +73,13 @@ def gradient_loop(
             WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN, OTHER, True,
         )  # fmt: skip
     own_rows = first + tl.arange(0, OWN)
+    if POSITIVE:  # G's largest entry, as a rule: it would be rounded for the product
+        i = own_rows if QUERIES else own_rows - offset
+        partner = own_rows + offset if QUERIES else i
+        acc += at_partners(
+            at_positive_ptr, i, n, other_ptr, other_stride, partner, n_other, stripe, dim, WIDTH,
+            SPLIT,
+        )  # fmt: skip
     store_part(gradient_ptr, own_rows, n_own, stripe, dim, acc, WIDTH, SPLIT)
 
 

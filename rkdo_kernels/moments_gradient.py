@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import gradient_stripes, launch, parts
 from .needs import BOTH, Needs, rooms
-from .parts import store_part
+from .parts import at_partners, store_part
 from .primitives import (
     LOG2E,
     into,
@@ -286,31 +286,6 @@ def gradient_tile(
             queries_ptr, queries_stride, first_i, n, stripe, dim, ROWS, WIDTH, FULL, LAST, UPCAST
         )
     return g, q, k
-
-
-@triton.jit
-def at_partners(
-    at_positive_ptr,  # [N]
-    i,
-    n,
-    x_ptr,  # [count, D]
-    stride,
-    partner,
-    count,
-    start,
-    dim,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """at_positive_i x_partner, fp32 [ROWS, WIDTH]; 0 without a pair. The first split has it."""
-    if SPLIT:
-        n = tl.where(tl.program_id(2) == 0, n, 0)
-    here = (i < n) & (partner >= 0) & (partner < count)
-    d = start + tl.arange(0, WIDTH)
-    g = tl.load(at_positive_ptr + i, mask=here, other=0.0).to(tl.float32)
-    at = x_ptr + partner.to(tl.int64)[:, None] * stride + d[None, :]
-    x = tl.load(at, mask=here[:, None] & (d < dim)[None, :], other=0.0)
-    return g[:, None] * x.to(tl.float32)
 
 
 def moments_backward(

@@ -17,10 +17,8 @@ from .primitives import (
     fold,
     leave_out,
     load_rows,
-    on_diagonal,
     scalars,
     similarity_tile,
-    touches,
     walk,
 )
 
@@ -218,7 +216,7 @@ def _recursion_bwd(
     lighter_ptr,  # [N, DEPTH + 1]    in
     pull_ptr,  # [N, DEPTH]           in
     weights_ptr,  # [N]               in, ∂L/∂loss
-    at_positive_ptr,  # [N]           in, ∂loss_i/∂S_ij at the positive
+    at_positive_ptr,  # [N]           in, ∂L/∂S_ij at the positive
     gradient_ptr,  # [N or M, D]      out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
@@ -245,33 +243,32 @@ def _recursion_bwd(
     gradient_loop(
         queries_ptr, keys_ptr, gradient_ptr, queries_stride, keys_stride, n, m, dim, span,
         (
-            peak_ptr, share_ptr, lighter_ptr, pull_ptr, weights_ptr, at_positive_ptr,
+            peak_ptr, share_ptr, lighter_ptr, pull_ptr, weights_ptr,
             scalars(scales_ptr, DEPTH + 1), scalars(steeper_ptr, DEPTH + 1), alpha, positive_offset,
             DETACH,
         ),
-        row_values, key_values, gradient_tile, QUERIES, False, SPLIT, WIDTH, CHUNKS, FULL,
-        PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
+        row_values, key_values, gradient_tile, at_positive_ptr, positive_offset, True, QUERIES,
+        False, SPLIT, WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
     )  # fmt: skip
 
 
 @triton.jit
 def row_values(tables, first_i, n, ROWS: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr):
     """What `gradient_tile` needs of its rows; weights belong to share already."""
-    peak_ptr, share_ptr, lighter_ptr, pull_ptr, weights_ptr, at_positive_ptr, c, _, _, _, _ = tables
+    peak_ptr, share_ptr, lighter_ptr, pull_ptr, weights_ptr, c, _, _, _, _ = tables
     DEPTH: tl.constexpr = len(c) - 1
-    DETACH: tl.constexpr = tables[10]
+    DETACH: tl.constexpr = tables[9]
     peak, share, lighter = ratio_values(
         peak_ptr, share_ptr, lighter_ptr, first_i, n, DEPTH, ROWS, AXIS, MASKED
     )
     weights = block_values(weights_ptr, 1, first_i, n, ROWS, AXIS, MASKED)
-    at_positive = block_values(at_positive_ptr, 1, first_i, n, ROWS, AXIS, MASKED) * weights
     pull = ()
     if not DETACH:
         for t in tl.static_range(DEPTH):
             pull = pull + (
                 block_values(pull_ptr + t, DEPTH, first_i, n, ROWS, AXIS, MASKED) * c[t],
             )
-    return peak, share * weights, lighter, pull, at_positive
+    return peak, share * weights, lighter, pull
 
 
 @triton.jit
@@ -294,14 +291,13 @@ def gradient_tile(
     OTHER: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """weights · q_0 (Σ_{t>0} c_t (e_t − r_t) + w_t y_t − Σ_{t<depth} c_t e_t pull_t), and
-
-    at the positive weights · at_positive;  y_t = (1 − α) y_{t−1} + α c_{t−1} e_{t−1}
+    """weights · q_0 (Σ_{t>0} c_t (e_t − r_t) + w_t y_t − Σ_{t<depth} c_t e_t pull_t),
+    y_t = (1 − α) y_{t−1} + α c_{t−1} e_{t−1}; 0 at the positive, which is added in float32.
     """
-    _, _, _, _, _, _, c, steeper, alpha, positive_offset, _ = tables
+    _, _, _, _, _, c, steeper, alpha, positive_offset, _ = tables
     DEPTH: tl.constexpr = len(c) - 1
-    DETACH: tl.constexpr = tables[10]
-    peak, share, lighter, pull, at_positive = rows
+    DETACH: tl.constexpr = tables[9]
+    peak, share, lighter, pull = rows
     x = s - peak
     # e_0 = 1, r_1 = α and y_1 = α c_0 wherever the key is
     r = alpha
@@ -325,11 +321,7 @@ def gradient_tile(
     g = tl.exp2(x * (c[0] * LOG2E)) * share * g
     if LAST:  # of a row of zeros e may be infinite
         g = tl.where((start + tl.arange(0, OTHER) < n_other)[None, :], g, 0.0)
-    offset = SIGN * positive_offset
-    if touches(first, OWN, start, OTHER, offset):
-        positive = on_diagonal(first + tl.arange(0, OWN), start + tl.arange(0, OTHER), offset)
-        g = tl.where(positive, at_positive, g)
-    return g
+    return leave_out(g, first, start, SIGN * positive_offset, 0, 1, OWN, OTHER)
 
 
 def recursion(
@@ -382,7 +374,7 @@ def recursion_backward(
 ) -> tuple[Tensor, Tensor]:
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     tables = row_tables(scales, peak, log_mass)
-    rows = pull.contiguous(), weights.contiguous(), at_positive.contiguous()
+    rows = pull.contiguous(), weights.contiguous(), (at_positive * weights).contiguous()
     results = rooms(queries, keys, needs)
     for gradient, to_queries, need in zip(results, (True, False), needs, strict=True):
         if not need:

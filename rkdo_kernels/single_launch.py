@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import launch
 from .checks import SLACK
-from .moments_gradient import at_partners
+from .parts import at_partners
 from .primitives import (
     LOG2E,
     into,

@@ -251,8 +251,8 @@ def _softmax_sums_bwd(
             scalars(scales_ptr, SCALES), peak_ptr, total_weight_ptr, weights_ptr,
             exclude_a, exclude_b, STUDENT, EXCLUDE,
         ),
-        row_values, key_values, gradient_tile, QUERIES, STUDENT, SPLIT, WIDTH, CHUNKS, FULL,
-        PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
+        row_values, key_values, gradient_tile, peak_ptr, 0, False, QUERIES, STUDENT, SPLIT, WIDTH,
+        CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
     )  # fmt: skip
 
 

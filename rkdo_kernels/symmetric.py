@@ -10,7 +10,6 @@ from torch import Tensor
 from . import launch, parts
 from .moments import moments
 from .moments_gradient import (
-    at_partners,
     clear_pass,
     itinerary,
     load_transposed,
@@ -18,7 +17,7 @@ from .moments_gradient import (
     other_tiles,
 )
 from .needs import BOTH, Needs
-from .parts import store_part
+from .parts import at_partners, store_part
 from .primitives import LOG2E, block_values, into, leave_out, load_rows, similarity_tile, walk
 
 PARTS = 64  # of the column sums, float32 [PARTS, M], whatever N is: more rows, more launches

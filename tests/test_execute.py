@@ -61,6 +61,15 @@ def test_some_kernels_as_sm_80_has_them():
     assert calls >= len(ELSEWHERE)
 
 
+def test_calls_that_have_missed():
+    """G's largest entries, which tf32 cuts off, and a distance of 256 of bfloat16's squares."""
+    parts = ("rkdo direct, fp16, 200×64", "icon student wide, bf16")
+    done = python("-m", "bench", "execute", "--target", "sm_90", "--jobs", "2",
+                  *(x for part in parts for x in ("--case", part)))  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "2 of 2 calls within the yardstick" in done.stdout
+
+
 LAUNCHED = """
 from bench.call_list import every
 from bench.compiled.launches import kernel_names, launches_for

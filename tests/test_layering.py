@@ -50,7 +50,7 @@ ARROWS = {
     "single_launch": {
         "checks",
         "launch",
-        "moments_gradient",
+        "parts",
         "primitives",
         "recursion_rows",
     },
