@@ -19,7 +19,10 @@ from torch.nn.functional import normalize
 LOSSES = (
     "rkdo_loss", "icon_loss", "info_nce", "nt_xent", "similarity_logsumexp", "similarity_moments",
 )  # fmt: skip
-BACKENDS = ("tiled", "small", "one_pass", "reference", "triton")
+ON_CPU = ("tiled", "small", "one_pass", "reference")
+EXECUTED = ("sm_90", "sm_80")  # the target's compiled kernels, executed on a CPU
+KERNELS = ("triton", *EXECUTED)
+BACKENDS = (*ON_CPU, *KERNELS)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -64,6 +67,8 @@ class Case:
     upstream: str = "random"
     frozen: str = ""  # queries or keys
     tiles: tuple[int, int] | None = None  # rows and columns of a tile, where not the house's own
+    single: bool = True  # executed: one launch does all, where the batch is small enough
+    splits: int = 1  # executed: programs that share a walk
     settings: dict[str, Any] = field(default_factory=dict)
     second: bool = False  # a second derivative too (reference)
 
@@ -194,7 +199,7 @@ def draw(seed: int, losses: tuple[str, ...], backends: tuple[str, ...], largest:
     loss, backend = r.choice(losses), r.choice(backends)
     if backend in ("small", "one_pass"):
         loss = "rkdo_loss" if "rkdo_loss" in losses else loss
-    dtype = r.choices(list(DTYPES), [5, 2, 1, 1 if backend != "triton" else 0])[0]
+    dtype = r.choices(list(DTYPES), [5, 2, 1, 1 if backend not in KERNELS else 0])[0]
     if (backend == "one_pass" and dtype == "float64") or backend == "reference":
         dtype = "float32"  # reference.py's half precision is eager's own
     if backend == "triton":
@@ -300,6 +305,8 @@ def suited(case: Case, r: random.Random) -> Case:
         most = max(1, int(3e5 / (case.n * case.m)))
         if case.d > most:
             case = case.but(d=most, drawn=(*case.drawn[:2], most))
+    if case.backend in EXECUTED:
+        case = case.but(single=r.random() < 0.5, splits=r.choice((1, 1, 2, 3)))
     if case.backend == "reference" and r.random() < 0.3:
         case = case.but(second=True, specials=(), centre=0.0)
     return case

@@ -90,10 +90,11 @@ def one(seed: int, choice: Choice, outcome: Outcome, shown: int, log: Any) -> No
         return
     outcome.misses[case.loss, case.backend] += 1
     outcome.kinds[case.loss, miss.kind] += 1
+    log(f"# seed {seed}: {case.loss}, {case.backend}, {miss.kind}: {miss.detail}", flush=True)
     if len(outcome.snippets) < shown and outcome.kinds[case.loss, miss.kind] <= OF_A_KIND:
         smaller = fields if tools is fields else shrink
         outcome.snippets.append(smaller.snippet(*smaller.shrink(case, miss)))
-        log(f"\n# seed {seed}: {case.loss}, {case.backend}\n{outcome.snippets[-1]}", flush=True)
+        log(f"\n{outcome.snippets[-1]}\n", flush=True)
 
 
 def chosen(options: argparse.Namespace) -> Choice:
@@ -107,8 +108,21 @@ def chosen(options: argparse.Namespace) -> Choice:
             raise BenchError(f"unknown backend {name!r}: {', '.join(cases.BACKENDS)}")
     wanted = tuple(options.loss) or (*cases.LOSSES, FIELDS)
     losses = tuple(name for name in wanted if name != FIELDS)
-    backends = tuple(options.backend) or cases.BACKENDS[:-1]
+    backends = tuple(options.backend) or cases.ON_CPU
     return Choice(losses, backends, options.largest, FIELDS in wanted)
+
+
+def interpret(backends: Sequence[str]) -> None:
+    """Sets Triton to what the backends need, before anything imports it."""
+    from .cases import EXECUTED
+
+    executed = [name for name in backends if name in EXECUTED]
+    if "triton" in backends and not torch.cuda.is_available():
+        if executed:
+            raise BenchError(f"triton, which is interpreted here, and {executed[0]}: one at a time")
+        os.environ["TRITON_INTERPRET"] = "1"
+    if executed and os.environ.get("TRITON_INTERPRET") == "1":
+        raise BenchError(f"TRITON_INTERPRET=1 is set: there is nothing to compile for {executed[0]}")
 
 
 def main(arguments: list[str]) -> int:
@@ -123,12 +137,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--loss", action="append", default=[], metavar="NAME")
     parser.add_argument(
         "--backend", action="append", default=[], metavar="NAME",
-        help="tiled, small, one_pass, reference; triton runs in Triton's interpreter on a CPU",
+        help="tiled, small, one_pass, reference; triton runs in Triton's interpreter on a CPU;\n"
+        "sm_90, sm_80: the compiled kernels, executed on a CPU",
     )  # fmt: skip
     parser.add_argument("--largest", type=int, default=64, help="rows, keys and columns")
     options = parser.parse_args(arguments)
-    if "triton" in options.backend and not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+    interpret(options.backend)
     warnings.simplefilter("ignore")  # NaN and infinity are what some cases are about
     choice = chosen(options)
     if options.case is not None:

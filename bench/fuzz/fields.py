@@ -18,7 +18,8 @@ from torch.nn.functional import normalize
 
 from rkdo_kernels import ResponseField, reference
 
-from .cases import DTYPES
+from .cases import DTYPES, KERNELS
+from .compiled import called, executed
 from .judge import NEAR
 from .yardstick import FLOAT64_ULPS, Miss, alike
 
@@ -59,8 +60,10 @@ class FieldCase:
 
 def draw(seed: int, backends: tuple[str, ...], largest: int) -> FieldCase:
     r = random.Random(seed)
-    backend = "triton" if "triton" in backends and ("tiled" not in backends or r.random() < 0.5) \
-        else "tiled"  # fmt: skip
+    kernels = [name for name in KERNELS if name in backends]
+    backend = "tiled"
+    if kernels and ("tiled" not in backends or r.random() < 0.5):
+        backend = kernels[0] if len(kernels) == 1 else r.choice(kernels)
     n = max(1, int(min(largest, 24 if backend == "triton" else largest) ** r.uniform(0.2, 1)))
     kind = r.choice(("dense", "snapshot"))
     stored = r.choice(("float32", "float32", "bfloat16"))
@@ -187,9 +190,12 @@ def first_miss(case: FieldCase, draws: int) -> Miss | None:
         stored = field.rows(index)[:, index].double() if case.kind == "dense" else None
         given = [[plain.block(call.samples) for plain in pair] for pair in drawn]
         try:
-            ours = made(case, call, field, index)
+            with executed(case.backend) as violated:
+                ours = made(case, call, field, index)
         except Exception as error:
             return Miss(f"raises {type(error).__name__}", str(error).splitlines()[0][:200])
+        if violation := violated():
+            return violation
         if ours and stored is not None:
             same = [[stored, stored.to(exact)]] * draws
             if miss := held(case, call, ours, same, "given what is stored"):
@@ -213,7 +219,7 @@ def made(
     case: FieldCase, call: Call, field: ResponseField, index: Tensor
 ) -> dict[str, Tensor] | None:
     """What a call returns and its gradients; None of an update."""
-    arguments = {"temperature": call.temperature, "backend": case.backend}
+    arguments = {"temperature": call.temperature, "backend": called(case.backend)}
     leaves = [x.clone().requires_grad_() for x in embeddings(case, call)]
     if call.what == "update":
         field.update(*leaves, index, alpha=call.alpha, **arguments)

@@ -20,6 +20,7 @@ from rkdo_kernels import tiles as machinery
 
 from . import truth
 from .cases import DTYPES, Case
+from .compiled import called, executed
 from .yardstick import (
     HALF,
     Miss,
@@ -40,9 +41,12 @@ def judge(case: Case) -> Miss | None:
     """The first miss, or None."""
     queries, keys = case.inputs()
     try:
-        ours = evaluate(case, ours_of(case), queries, keys, case.temperature_tensor())
+        with executed(case.backend) as violated:
+            ours = evaluate(case, ours_of(case), queries, keys, case.temperature_tensor())
     except Exception as error:  # whatever it is: a crash is a miss, unless it is documented
         return None if is_documented(case, error, queries, keys) else crash(error)
+    if violation := violated():
+        return violation
     if is_broken(case, queries, keys) > 1.05 and all_finite(ours["value"]):
         return Miss("value: no error", "products pass the bound, and a number came back")
     true, eager = truth_of(case, queries, keys), eager_of(case, queries, keys)
@@ -102,7 +106,7 @@ def ours_of(case: Case) -> Callable[..., Tensor]:
 
 
 def arguments_of(case: Case) -> dict[str, Any]:
-    backend = "tiled" if case.backend in ("small", "one_pass") else case.backend
+    backend = "tiled" if case.backend in ("small", "one_pass") else called(case.backend)
     arguments = {**case.settings, "bound": case.bound, "backend": backend}
     if case.loss in ("rkdo_loss", "icon_loss", "info_nce") and not case.settings.get("symmetric"):
         arguments["positive_offset"] = case.offset
@@ -117,6 +121,10 @@ def house(case: Case) -> Iterator[None]:
     changed: list[tuple[Any, str, Any]] = []
     if case.backend != "small":
         changed.append((small, "MAX_ENTRIES", 0))
+    if case.splits > 1:
+        changed.append((launch, "splits", lambda *_: case.splits))
+    if not case.single:
+        changed.append((launch, "SINGLE", 0))
     if case.tiles:
         rows, cols = case.tiles
         changed += [

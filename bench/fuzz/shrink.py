@@ -18,7 +18,7 @@ PLAIN = {  # what a setting becomes if it does not matter
     "layouts": ("contiguous", "contiguous"), "specials": (), "tiles": None, "learnable": "",
     "frozen": "", "upstream": "ones", "reduction": "none", "length": 1.0, "centre": 0.0,
     "place": "sphere", "pairs": "independent", "bound": 1.0, "temperature": 0.5,
-    "dtype": "float32", "second": False, "backend": "tiled",
+    "dtype": "float32", "second": False, "backend": "tiled", "splits": 1, "single": True,
 }  # fmt: skip
 SETTINGS = {
     "alpha": 0.5, "depth": 1, "cooling": 0.0, "detach_target": False, "debias": 0.0,
