@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-from rkdo_kernels.launch_tables import before_39
+from rkdo_kernels.launch_tables import triton_before
 
 from .static import Resources
 from .targets import TARGETS
@@ -120,7 +120,7 @@ WAIVERS = (
     Waiver("sm_90", "field_dk *", "fp32", "512", "matrix kind", SPLIT),
     *(  # 3.9 keeps 64 of both in registers: launch_tables.BEFORE_39
         Waiver("sm_90", "moments* dk", "fp32", "64", "matrix kind", SPLIT)
-        for _ in range(before_39())
+        for _ in range(triton_before(3, 9))
     ),
     Waiver("gfx942", "field_*", "*", "*", "16-byte stores", NARROW),
     *(

@@ -246,12 +246,16 @@ TWO_CHUNKS = {
     ("sm_90", "moments_dk", 2): Config(128, 64, 8, 1),
     ("sm_86", "moments_dk", 2): Config(64, 64, 8, 1),
 }
-# Where Triton before 3.9 spills what 3.9 keeps in registers.
+# Where these releases of Triton spill what later ones keep in registers.
 BEFORE_39 = {
     ("sm_90", "moments_dk", 4, False): Config(32, 64, 4, 1),
     ("sm_90", "softmax_sums_dk", 4, False): Config(16, 64, 4, 1),
     ("sm_80", "single_launch", 4, True): Config(64, 32, 8, 1, width=32),
     ("sm_100", "single_launch", 2, False): Config(64, 32, 4, 1),
+}
+BEFORE_37 = {
+    ("sm_100", "single_launch", 4, False): Config(64, 32, 8, 1, width=32),
+    ("sm_90", "field_walk", 2, False): Config(128, 32, 8, 3, width=64),
 }
 
 
@@ -309,8 +313,9 @@ def line(table: str, kernel: str, size: int, dim: int) -> Config:
         config = ARCH_CONFIGS.get((name, kernel, size, wide), config)
         if width < dim <= 2 * width:
             config = TWO_CHUNKS.get((name, kernel, size), config)
-        if before_39():
-            config = BEFORE_39.get((name, kernel, size, wide), config)
+        for release, lines in (((3, 9), BEFORE_39), ((3, 7), BEFORE_37)):
+            if triton_before(*release):
+                config = lines.get((name, kernel, size, wide), config)
     if found.most:
         config = within(config, found.most)
     return config if found.registers else replace(config, registers=None)
@@ -327,7 +332,7 @@ def within(config: Config, most: Config) -> Config:
 
 
 @cache
-def before_39() -> bool:
+def triton_before(*release: int) -> bool:
     from triton import __version__
 
-    return tuple(map(int, __version__.split(".")[:2])) < (3, 9)
+    return tuple(map(int, __version__.split(".")[:2])) < release

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from typing import Any
 
 import torch
@@ -78,16 +77,24 @@ class Problem:
         dtype = ops.row_dtype(self.queries)
         return torch.full((), 1 / self.temperature, dtype=dtype, device=self.queries.device)
 
+    def copy(self) -> Problem:
+        """By name: compilers of some releases trace neither copy.copy nor a loop over vars()."""
+        other = object.__new__(Problem)
+        other.queries, other.keys, other.stand_ins = self.queries, self.keys, self.stand_ins
+        other.offset, other.backend, other.temperature = self.offset, self.backend, self.temperature
+        other.bound, other.held, other.validity = self.bound, self.held, self.validity
+        return other
+
     def mirrored(self) -> Problem:
         """With queries and keys in each other's places."""
-        other = copy(self)
+        other = self.copy()
         other.queries, other.keys = self.keys, self.queries
         other.stand_ins = self.stand_ins[::-1]
         return other
 
     def over_all_images(self) -> Problem:
         """With queries and keys as the keys, the positives in their second half."""
-        other = copy(self)
+        other = self.copy()
         n = other.offset = self.queries.shape[0]  # which may be symbolic: len would fix it
         other.keys = torch.cat([self.queries, self.keys])
         other.stand_ins = self.stand_ins[0], joined(*self.stand_ins, (n, self.keys.shape[0]))

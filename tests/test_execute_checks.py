@@ -243,6 +243,15 @@ def test_wgmma_sees_stores_behind_a_proxy_fence_only():
     assert "race: read while another writes" in checked(product(FENCE))
 
 
+def test_wgmma_sees_what_cp_async_filled_behind_a_proxy_fence_only():
+    copy = (
+        f"cp.async.cg.shared.global [%r1], [%rd0], 16; cp.async.commit_group; "
+        f"cp.async.wait_group 0; {SYNC}"
+    )
+    assert checked(product(f"{FENCE} {SYNC} {copy}")) == {machine.COPY_UNSEEN}
+    assert checked(product(f"{FENCE} {SYNC} {copy} {FENCE}")) == set()
+
+
 def test_wgmma_must_be_waited_for():
     wrong = {"register of a wgmma under way"}
     assert checked(product(between="add.f32 %f4, %f0, %f0;")) == wrong

@@ -122,7 +122,9 @@ def interpret(backends: Sequence[str]) -> None:
             raise BenchError(f"triton, which is interpreted here, and {executed[0]}: one at a time")
         os.environ["TRITON_INTERPRET"] = "1"
     if executed and os.environ.get("TRITON_INTERPRET") == "1":
-        raise BenchError(f"TRITON_INTERPRET=1 is set: there is nothing to compile for {executed[0]}")
+        raise BenchError(
+            f"TRITON_INTERPRET=1 is set: there is nothing to compile for {executed[0]}"
+        )
 
 
 def main(arguments: list[str]) -> int:

@@ -246,6 +246,9 @@ def summary(target: str, found: Sequence[Judged], every: set[str]) -> str:
     known = sum(x.passed for x in found) - met
     violated = sum(len(x.violations) for x in found)
     launches = sum(len(x.kernels) for x in found)
+    from .capture import LEFT_OUT  # imports Triton
+
+    text += "".join(f"; not counted, as this Triton leaves it out: {kind}" for kind in LEFT_OUT)
     return (
         f"{text}; {met} of {len(found)} calls within the yardstick without a violation "
         f"({violated} violations{f', {known} known misses' * bool(known)}); {launches} launches, "

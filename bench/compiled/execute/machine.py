@@ -34,6 +34,9 @@ FLAGS = ("-std=gnu11", "-O2", "-ftree-vectorize", "-march=native", "-ffp-contrac
          "-fno-strict-aliasing", "-shared")  # fmt: skip
 LIMIT = 64  # violations kept, warp.h
 MOST = 200_000_000  # instructions of warps a program: about a second
+COPY_UNSEEN = (
+    "shared memory that cp.async has filled, and wgmma reads with no fence.proxy.async between"
+)
 KINDS = (  # warp.h: enum Kind
     "global read outside the tensors",
     "global write outside the tensors",
@@ -45,6 +48,7 @@ KINDS = (  # warp.h: enum Kind
     "race between programs",
     "shared memory that an unfinished cp.async writes",
     "shared memory stored, and read by wgmma, with no fence.proxy.async between",
+    COPY_UNSEEN,
     "shared memory overwritten while wgmma reads it",
     "register of a wgmma under way",
     "register used after the last wgmma.fence before wgmma",

@@ -167,7 +167,8 @@ static int read_chunk(Warp *W, Product *x, uint32_t at, uint8_t *value) {
   for (uint32_t i = at >> grain, n = (at + 15) >> grain; i <= n; i++) {
     uint32_t r = reader[i], me = MET + (uint32_t)W->id;
     if (writer[i] >> 16 == epoch) report(READ_AFTER_WRITE, (int64_t)i << grain);
-    if (!seen_by_async(all_warps, W, i)) report(UNSEEN_BY_ASYNC, (int64_t)i << grain);
+    if (!seen_by_async(all_warps, W, i))
+      report(stored[i] & BY_COPY ? COPY_UNSEEN_BY_ASYNC : UNSEEN_BY_ASYNC, (int64_t)i << grain);
     if (state[i] & COPYING) report(COPY_UNFINISHED, (int64_t)i << grain);
     reader[i] = epoch << 16 | (r >> 16 == epoch ? joined(r & 0xffff, me) : me);
     set &= state[i];

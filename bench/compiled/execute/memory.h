@@ -29,6 +29,7 @@ static uint16_t *pending;           // a chunk of 16 bytes: products under way t
 static uint32_t clock_now, last_barrier;   // fences and barriers, counted together
 static int has_products;
 enum { WRITTEN = 1, COPYING = 2 };
+#define BY_COPY 0x80000000u   // beside the clock in `stored`: cp.async stored it
 
 // Who: a thread + 1; all lanes of a warp that have met since; lanes of one warp; lanes of several.
 enum { MET = 2048, LANES_OF = 4096, MANY = 0xffff };
@@ -293,7 +294,7 @@ static void land(Warp *W, int before) {   // the groups before that one
     for (uint32_t i = c.to >> grain; i <= (c.to + c.size - 1) >> grain; i++) {
       state[i] = WRITTEN;
       writer[i] = epoch << 16 | who;
-      stored[i] = clock_now;   // cp.async writes by the generic proxy: an ordinary store
+      stored[i] = clock_now | BY_COPY;   // by the generic proxy, as an ordinary store
       stored_by[i] = W->id;
     }
     memset(shared + c.to, 0, c.size);
@@ -320,7 +321,7 @@ static uint32_t *barrier_after;     // by epoch of this program: the clock of it
 static void fence_async(Warp *W, const Instruction *I, uint32_t m) { W->fence = ++clock_now; }
 
 static int seen_by_async(Warp *warps, Warp *W, uint32_t grain_number) {
-  uint32_t t = stored[grain_number], stored_in = writer[grain_number] >> 16;
+  uint32_t t = stored[grain_number] & ~BY_COPY, stored_in = writer[grain_number] >> 16;
   if (!t) return 1;
   Warp *by = warps + stored_by[grain_number];
   if (by == W && W->fence > t) return 1;
