@@ -248,10 +248,10 @@ def summary(target: str, found: Sequence[Judged], every: set[str]) -> str:
     launches = sum(len(x.kernels) for x in found)
     from .capture import LEFT_OUT  # imports Triton
 
-    text += "".join(f"; not counted, as this Triton leaves it out: {kind}" for kind in LEFT_OUT)
+    not_counted = "".join(f"; not counted, as this Triton leaves it out: {x}" for x in LEFT_OUT)
     return (
         f"{text}; {met} of {len(found)} calls within the yardstick without a violation "
         f"({violated} violations{f', {known} known misses' * bool(known)}); {launches} launches, "
         f"{sum(x.instructions for x in found) / 1e6:.0f} M warp instructions in "
-        f"{sum(x.seconds for x in found):.1f} s"
+        f"{sum(x.seconds for x in found):.1f} s{not_counted}"
     )
