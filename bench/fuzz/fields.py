@@ -117,6 +117,13 @@ def embeddings(case: FieldCase, call: Call, draw: int = 0) -> tuple[Tensor, Tens
     return queries, keys
 
 
+def normalised(case: FieldCase, p: Tensor) -> Tensor:
+    """A row whose mass is no normal number of what the field's rows are kept in has no target."""
+    kept = torch.float64 if case.stored == "float64" else torch.float32
+    mass = p.sum(1, keepdim=True)
+    return torch.where(mass >= torch.finfo(kept).tiny, p / mass, 0)
+
+
 def labels_of(case: FieldCase) -> Tensor:
     return torch.arange(case.n) % max(1, case.n // 3)
 
@@ -138,8 +145,7 @@ class Plain:
         index = torch.tensor(samples)
         dense = self.case.kind == "dense"
         p = self.p[index[:, None], index] if dense else self.mixture(samples)
-        mass = p.sum(1, keepdim=True)
-        return torch.where(mass > 0, p / mass, 0)
+        return normalised(self.case, p)
 
     def mixture(self, samples: tuple[int, ...]) -> Tensor:
         """Σ_s α_s Π_{r<s} (1 − α_r) q_i^(s) + what is left of p⁰, row by row."""
@@ -289,8 +295,7 @@ def plain_loss(
     case: FieldCase, call: Call, block: Tensor, dtype: torch.dtype, draw: int = 0
 ) -> dict[str, Tensor]:
     leaves = [x.to(dtype).requires_grad_() for x in embeddings(case, call, draw)]
-    mass = block.sum(1, keepdim=True)
-    p = torch.where(mass > 0, block / mass, 0)
+    p = normalised(case, block)
     log_q = torch.log_softmax(leaves[0] @ leaves[1].T / call.temperature, 1)
     rows = torch.where(p == 0, 0, p * (torch.where(p == 0, 1, p).log() - log_q)).sum(1)
     loss = rows if case.reduction == "none" else getattr(rows, case.reduction)()

@@ -252,7 +252,9 @@ def is_broken(case: Case, queries: Tensor, keys: Tensor) -> float:
     """The largest product of lengths ÷ the bound."""
     if case.bound is None:
         return 0.0
-    lengths = [torch.linalg.vector_norm(x.double(), dim=1).max() for x in (queries, keys)]
+    lengths = [  # of a row that is not NaN
+        torch.linalg.vector_norm(x.double(), dim=1).nan_to_num(0.0).max() for x in (queries, keys)
+    ]
     pairs = [lengths[0] * lengths[1]]
     if case.loss == "nt_xent":
         pairs += [x**2 for x in lengths]
