@@ -218,10 +218,12 @@ ARCH_CONFIGS = {
     ("gfx942", "softmax_sums_dk", 2, True): Config(32, 64, 4, 1),
     ("gfx942", "recursion_dq", 2, True): Config(64, 16, 4, 2),
     ("gfx942", "recursion_dq", 4, False): Config(64, 32, 4, 1),
+    ("gfx942", "recursion_dk", 2, True): Config(16, 64, 2, 2, width=64),
     ("gfx942", "recursion_dk", 4, True): Config(16, 64, 4, 1),
     ("sm_80", "field_walk", 2, False): Config(128, 32, 8, 2),
     ("sm_80", "field_walk", 4, False): Config(64, 16, 4, 1),
     ("sm_80", "field_keys", 4, False): Config(32, 32, 4, 1),
+    ("sm_90", "field_walk", 2, False): Config(128, 32, 8, 3, width=64),
     ("sm_100", "field_walk", 2, False): Config(128, 32, 8, 2),
     ("sm_100", "field_keys", 2, False): Config(128, 64, 4, 1),
     ("sm_100", "field_keys", 4, False): Config(64, 64, 8, 1),
@@ -255,7 +257,6 @@ BEFORE_39 = {
 }
 BEFORE_37 = {
     ("sm_100", "single_launch", 4, False): Config(64, 32, 8, 1, width=32),
-    ("sm_90", "field_walk", 2, False): Config(128, 32, 8, 3, width=64),
 }
 
 
