@@ -240,6 +240,8 @@ def build(
         constants["GRADIENT_PRECISION"] = "ieee" if amd else nvidia
     elif "GRADIENT_PRECISION" in names:
         constants["GRADIENT_PRECISION"] = "ieee"
+    if "LEVEL" in names:
+        constants["LEVEL"] = dtype != "fp32"
     source = specialise(case, dtype, constants, variant)
     compiled = triton.compile(source, target=TARGETS[target].gpu, options=config.options)
     tile = tile_of(constants, dtype, config, amd, gradient)
@@ -273,6 +275,8 @@ def specialise(case: Case, dtype: str, constants: dict[str, Any], variant: str) 
         elif name.endswith("_ptr"):
             base = name.removesuffix("_ptr")
             kind = "fp64" if base in case.doubles else dtype if base in OPERANDS else "fp32"
+            if base == "levels":
+                kind = "bf16" if constants["LEVEL"] else dtype  # any tensor where there are none
             if case.field:
                 kind = {"matrix": case.field, **INTEGERS}.get(base, kind)
             signature[name] = f"*{kind}"

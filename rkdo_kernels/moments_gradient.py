@@ -7,10 +7,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import gradient_stripes, launch, parts
+from .levels import column_total, level_tables
 from .needs import BOTH, Needs, rooms
 from .parts import at_partners, store_part
 from .primitives import (
     LOG2E,
+    block_values,
     into,
     leave_out,
     load_rows,
@@ -26,6 +28,8 @@ def _moments_bwd(
     scale_ptr,  # []                     in, c
     weights_ptr,  # [N, DEGREE + 1]      in, fp32
     at_positive_ptr,  # [N]              in, fp32, ∂L/∂S at (i, i + exclude_a)
+    levels_ptr,  # [N]                   in, bf16: see levels.py
+    sums_ptr,  # [parts, 2, D]           in, fp32: of the keys, or of level_i queries_i
     gradient_ptr,  # [N or M, D]         out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
@@ -36,10 +40,12 @@ def _moments_bwd(
     exclude_a,
     exclude_b,
     span,  # rows of the other operand that a split walks over
+    parts,  # of the sums
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     DEGREE: tl.constexpr,
     EXCLUDE: tl.constexpr,
     POSITIVE: tl.constexpr,
+    LEVEL: tl.constexpr,  # whether rows have one
     UNIT: tl.constexpr,
     SPLIT: tl.constexpr,
     DENSE: tl.constexpr,  # rows of WIDTH that follow one another
@@ -68,6 +74,9 @@ def _moments_bwd(
             queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST
         )
         weights = row_polynomials(weights_ptr, first_i, n, ROWS, DEGREE, True)
+        level = 0.0
+        if LEVEL:
+            level = block_values(levels_ptr, 1, first_i, n, ROWS, 1, True).to(tl.float32)
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
         start, clear, passes, a, a_passes, b, b_passes, stop = itinerary(
             span, m, first_i + exclude_a, first_i + exclude_b, EXCLUDE, SPLIT, ROWS, COLS * STEPS
@@ -76,9 +85,9 @@ def _moments_bwd(
             first = start + clear_pass(turn, a, a_passes, b, b_passes, EXCLUDE) * (COLS * STEPS)
             for step in tl.static_range(STEPS):
                 g, _, k = gradient_tile(
-                    q, q, weights, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
-                    first + step * COLS, m, dim, stripe, scale, unit, weights_ptr, exclude_a,
-                    exclude_b, True, DEGREE, 0, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
+                    q, q, weights, level, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
+                    first + step * COLS, m, dim, stripe, scale, unit, weights_ptr, levels_ptr, exclude_a,
+                    exclude_b, True, DEGREE, 0, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
                     UPCAST, False,
                 )  # fmt: skip
                 acc = into(acc, g, k, GRADIENT_PRECISION)
@@ -86,13 +95,15 @@ def _moments_bwd(
         for turn in tl.range(left, num_stages=1, disable_licm=True):
             first_j = start + COLS * other_tile(turn, passes, a, a_passes, b, b_passes, STEPS)
             g, _, k = gradient_tile(
-                q, q, weights, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
-                first_j, m, dim, stripe, scale, unit, weights_ptr, exclude_a, exclude_b, True,
-                DEGREE, EXCLUDE, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
+                q, q, weights, level, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
+                first_j, m, dim, stripe, scale, unit, weights_ptr, levels_ptr, exclude_a, exclude_b, True,
+                DEGREE, EXCLUDE, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
             )  # fmt: skip
             acc = into(acc, g, k, GRADIENT_PRECISION)
-        if DEGREE == 0:
+        if DEGREE == 0 and not LEVEL:
             acc *= weights[0]
+        if LEVEL:
+            acc += level * column_total(sums_ptr, parts, stripe, dim, False, WIDTH, SPLIT)
         i = first_i + tl.arange(0, ROWS)
         if POSITIVE:
             acc += at_partners(
@@ -111,9 +122,9 @@ def _moments_bwd(
             first = start + clear_pass(turn, a, a_passes, b, b_passes, EXCLUDE) * (ROWS * STEPS)
             for step in tl.static_range(STEPS):
                 g, q, _ = gradient_tile(
-                    k, k, (), queries_ptr, queries_stride, first + step * ROWS, n, keys_ptr,
-                    keys_stride, first_j, m, dim, stripe, scale, unit, weights_ptr, exclude_a,
-                    exclude_b, False, DEGREE, 0, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
+                    k, k, (), 0.0, queries_ptr, queries_stride, first + step * ROWS, n, keys_ptr,
+                    keys_stride, first_j, m, dim, stripe, scale, unit, weights_ptr, levels_ptr, exclude_a,
+                    exclude_b, False, DEGREE, 0, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
                     UPCAST, False,
                 )  # fmt: skip
                 acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
@@ -121,11 +132,13 @@ def _moments_bwd(
         for turn in tl.range(left, num_stages=1, disable_licm=True):
             first_i = start + ROWS * other_tile(turn, passes, a, a_passes, b, b_passes, STEPS)
             g, q, _ = gradient_tile(
-                k, k, (), queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
-                first_j, m, dim, stripe, scale, unit, weights_ptr, exclude_a, exclude_b, False,
-                DEGREE, EXCLUDE, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
+                k, k, (), 0.0, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
+                first_j, m, dim, stripe, scale, unit, weights_ptr, levels_ptr, exclude_a, exclude_b, False,
+                DEGREE, EXCLUDE, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
             )  # fmt: skip
             acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
+        if LEVEL:
+            acc += column_total(sums_ptr, parts, stripe, dim, True, WIDTH, SPLIT)
         j = first_j + tl.arange(0, COLS)
         if POSITIVE:
             i = j - exclude_a
@@ -223,6 +236,7 @@ def gradient_tile(
     q,
     k,
     weights,
+    level,
     queries_ptr,
     queries_stride,
     first_i,
@@ -236,11 +250,13 @@ def gradient_tile(
     scale,
     unit,
     weights_ptr,
+    levels_ptr,
     exclude_a,
     exclude_b,
     QUERIES: tl.constexpr,
     DEGREE: tl.constexpr,
     EXCLUDE: tl.constexpr,
+    LEVEL: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -251,11 +267,13 @@ def gradient_tile(
     UPCAST: tl.constexpr,
     LAST: tl.constexpr,  # some of the rows that the loop loads may be past the last
 ):
-    """G = exp(c S) Σ_k weights_k (S / b)^k, and the operands' columns of this stripe.
+    """G = exp(c S) Σ_k weights_k (S / b)^k less its rows' level, and the operands' columns of this
+    stripe.
 
     The operand that the loop runs over is loaded here. Past its last row G needs no mask: the
-    weights, or the key's row in G keys, are zero. Degree 0 leaves the weights of G keys to the end.
-    The diagonals come last: a branch holds up everything that is computed before it.
+    weights, or the key's row in G keys, are zero. Degree 0 without levels leaves the weights of
+    G keys to the end. The diagonals come last: a branch holds up everything that is computed before
+    it.
     """
     if QUERIES:
         k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, LAST, UPCAST)
@@ -264,12 +282,14 @@ def gradient_tile(
             queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, LAST, UPCAST
         )
         weights = row_polynomials(weights_ptr, first_i, n, ROWS, DEGREE, LAST)
+        if LEVEL:
+            level = block_values(levels_ptr, 1, first_i, n, ROWS, 1, LAST).to(tl.float32)
     u = similarity_tile(
         q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
         ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
     )  # fmt: skip
     g = tl.exp2(u * scale)
-    if DEGREE > 0 or not QUERIES:
+    if DEGREE > 0 or not QUERIES or LEVEL:
         if not UNIT:
             u = u * unit
         polynomial = weights[DEGREE]
@@ -277,6 +297,8 @@ def gradient_tile(
             polynomial = polynomial * u + weights[DEGREE - power]
         g = g * polynomial
     g = leave_out(g, first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
+    if LEVEL:
+        g -= level
     if CHUNKS > 1 and QUERIES:
         k = load_rows(
             keys_ptr, keys_stride, first_j, m, stripe, dim, COLS, WIDTH, FULL, LAST, UPCAST
@@ -297,10 +319,11 @@ def moments_backward(
     exclude: list[int],
     at_positive: Tensor | None = None,
     needs: Needs = BOTH,
+    level: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if gradient_stripes.pays(queries):
         return gradient_stripes.moments_backward(
-            queries, keys, scale, bound, weights, exclude, at_positive, needs
+            queries, keys, scale, bound, weights, exclude, at_positive, needs, level
         )
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     weights, dims = weights.contiguous(), launch.dims(queries)
@@ -315,11 +338,12 @@ def moments_backward(
         config = launch.limited(config, queries.dtype, dims["WIDTH"], degree, dense)
         walked = m if to_queries else n
         grid, out, span = parts.shared(gradient, config, dims["CHUNKS"], to_queries, walked)
+        levels, sums = level_tables(queries, keys, level, to_queries)
         _moments_bwd[grid](
-            queries, keys, scale, weights, paired, out, queries.stride(0), keys.stride(0),
-            n, m, dim, 1 / bound, *launch.excluded(exclude), span, QUERIES=to_queries,
-            DEGREE=degree, EXCLUDE=len(exclude), POSITIVE=at_positive is not None,
-            UNIT=bound == 1, SPLIT=grid[2] > 1, DENSE=dense, **dims,
+            queries, keys, scale, weights, paired, levels, sums, out, queries.stride(0),
+            keys.stride(0), n, m, dim, 1 / bound, *launch.excluded(exclude), span, len(sums),
+            QUERIES=to_queries, DEGREE=degree, EXCLUDE=len(exclude),
+            POSITIVE=at_positive is not None, LEVEL=level is not None, UNIT=bound == 1, SPLIT=grid[2] > 1, DENSE=dense, **dims,
             GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
             COLS=config.cols, STEPS=config.steps, **config.options,
         )  # fmt: skip
