@@ -76,15 +76,32 @@ def losses() -> Iterator[LossCall]:
 def settings() -> Iterator[LossCall]:
     """Each in one dtype."""
     bf16, fp16, fp32 = ({"dtype": dtype} for dtype in ("bf16", "fp16", "fp32"))
-    # All rows near one direction: G, which is rounded for the product with the keys, cancels there.
-    # Measured on sm_90, in yardsticks: up to 7.1; see CONTRIBUTING.
-    near = {"cosine": 0.999, "known_miss": 9.0, **bf16}
-    yield of("rkdo, collapsed", "rkdo", **near)
-    yield of("rkdo direct, collapsed", "rkdo", DIRECT, **near)
-    yield of("info_nce, collapsed", "info_nce", **near)
-    yield of("info_nce both ways, collapsed", "info_nce", symmetric=True, **near)
-    yield of("nt_xent, collapsed", "nt_xent", **near)
-    yield of("icon, collapsed", "icon", **near)
+    # All rows near one direction: the product of G with the keys cancels, and its roundings do not.
+    for dtype in (bf16, fp16):
+        near = {"cosine": 0.999, **dtype}
+        yield of("rkdo, collapsed", "rkdo", **near)
+        yield of("rkdo, one launch, collapsed", "rkdo", shape=SINGLE, **near)
+        yield of("rkdo wide, collapsed", "rkdo", shape=WIDE, **near)
+        yield of("rkdo direct, collapsed", "rkdo", DIRECT, **near)
+        yield of("info_nce, collapsed", "info_nce", **near)
+        yield of("info_nce by rows, collapsed", "info_nce", ROWS, **near)
+        yield of("info_nce direct, collapsed", "info_nce", DIRECT, **near)
+        yield of("info_nce both ways, collapsed", "info_nce", symmetric=True, **near)
+        yield of("info_nce both ways by rows, collapsed", "info_nce", ROWS, symmetric=True, **near)
+        yield of("nt_xent, collapsed", "nt_xent", **near)
+        yield of("icon, collapsed", "icon", **near)
+    near = {"cosine": 0.999, **bf16}
+    yield of("rkdo in parts, collapsed", "rkdo", ROWS, shape=LONG, splits=2, **near)
+    yield of("rkdo direct in parts, collapsed", "rkdo", DIRECT, ROWS, shape=LONG, splits=2, **near)
+    yield of("rkdo in stripes, collapsed", "rkdo", shape=(300, 300, 256), stripe_bytes=1, **near)
+    yield of("rkdo, few, collapsed", "rkdo", ROWS, shape=TINY, positive_offset=2, **near)
+    yield of("info_nce both ways in parts, collapsed", "info_nce", symmetric=True, shape=LONG,
+             splits=2, **near)  # fmt: skip
+    yield of("info_nce both ways, few, collapsed", "info_nce", symmetric=True, shape=(5, 5, 17),
+             **near)  # fmt: skip
+    yield of("nt_xent, few, collapsed", "nt_xent", shape=(4, 4, 17), **near)
+    yield of("moments without self, collapsed", "moments", temperature=0.3, degree=3,
+             exclude_self=True, **near)  # fmt: skip
     yield of("rkdo, depth 1", "rkdo", ROWS, depth=1, **bf16)
     yield of("rkdo, depth 8", "rkdo", depth=8, **fp32)
     yield of("rkdo, α = 0", "rkdo", alpha=0.0, **bf16)

@@ -95,7 +95,7 @@ def cases() -> list[Case]:
                 f"gradient_stripe k={degree}",
                 gradient_stripes._gradient_stripe,
                 "gradient_stripe",
-                {"DEGREE": degree, "POSITIVE": True, **rows},
+                {"DEGREE": degree, **rows},
                 one,
                 loop="chunks",
                 dtypes=("bf16",),

@@ -3,8 +3,17 @@
 import triton
 import triton.language as tl
 
+from .levels import column_total
 from .parts import at_partners, store_part
-from .primitives import add_pulls, distance_tile, into, load_rows, similarity_tile, walk
+from .primitives import (
+    add_pulls,
+    block_values,
+    distance_tile,
+    into,
+    load_rows,
+    similarity_tile,
+    walk,
+)
 
 
 @triton.jit
@@ -24,7 +33,11 @@ def gradient_loop(
     TILE: tl.constexpr,  # (s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST): G
     at_positive_ptr,  # [N]         in, G at (i, i + offset), which no tile has
     offset,
+    levels_ptr,  # [N]              in, bf16: see levels.py
+    sums_ptr,  # [parts, 2, D]      in, fp32: of the keys, or of level_i queries_i
+    parts,
     POSITIVE: tl.constexpr,  # whether there is such
+    LEVEL: tl.constexpr,  # whether rows have one; not if BETWEEN
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     BETWEEN: tl.constexpr,  # s is ‖zq − zk‖², and G weighs differences
     SPLIT: tl.constexpr,
@@ -55,6 +68,9 @@ def gradient_loop(
         own_ptr, own_stride, n_own = keys_ptr, keys_stride, m
         other_ptr, other_stride, n_other = queries_ptr, queries_stride, n
         values = KEY_VALUES(tables, first, m, OWN, 1, True)
+    level = 0.0
+    if LEVEL and QUERIES:
+        level = block_values(levels_ptr, 1, first, n, OWN, 1, True).to(tl.float32)
     own = 0.0
     if not BETWEEN:
         own = load_rows(own_ptr, own_stride, first, n_own, 0, dim, OWN, WIDTH, FULL, True, UPCAST)
@@ -62,16 +78,21 @@ def gradient_loop(
     begin, whole, stop = walk(span, n_other, SPLIT, OTHER)
     for start in range(begin, whole, OTHER):
         acc = add_gradient(
-            acc, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
-            start, n_other, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
-            WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN, OTHER, False,
+            acc, own, values, level, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
+            start, n_other, dim, stripe, tables, levels_ptr, ROW_VALUES, KEY_VALUES, TILE, LEVEL,
+            QUERIES, BETWEEN, WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN,
+            OTHER, False,
         )  # fmt: skip
     if whole < stop:
         acc = add_gradient(
-            acc, own, values, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
-            whole, n_other, dim, stripe, tables, ROW_VALUES, KEY_VALUES, TILE, QUERIES, BETWEEN,
-            WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN, OTHER, True,
+            acc, own, values, level, own_ptr, own_stride, first, n_own, other_ptr, other_stride,
+            whole, n_other, dim, stripe, tables, levels_ptr, ROW_VALUES, KEY_VALUES, TILE, LEVEL,
+            QUERIES, BETWEEN, WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, OWN,
+            OTHER, True,
         )  # fmt: skip
+    if LEVEL:
+        total = column_total(sums_ptr, parts, stripe, dim, not QUERIES, WIDTH, SPLIT)
+        acc += level * total if QUERIES else total
     own_rows = first + tl.arange(0, OWN)
     if POSITIVE:  # G's largest entry, as a rule: it would be rounded for the product
         i = own_rows if QUERIES else own_rows - offset
@@ -88,6 +109,7 @@ def add_gradient(
     acc,  # [OWN, WIDTH]
     own,  # [OWN, WIDTH], the kept operand's first columns, unless BETWEEN
     values,  # of the kept operand
+    level,  # [OWN, 1], of queries that are kept
     own_ptr,
     own_stride,
     first,
@@ -99,9 +121,11 @@ def add_gradient(
     dim,
     stripe,
     tables,
+    levels_ptr,
     ROW_VALUES: tl.constexpr,
     KEY_VALUES: tl.constexpr,
     TILE: tl.constexpr,
+    LEVEL: tl.constexpr,
     QUERIES: tl.constexpr,
     BETWEEN: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -138,6 +162,10 @@ def add_gradient(
             dim, OWN, OTHER, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
         )  # fmt: skip
         g = TILE(s, tables, rows, keys, first, start, n_other, SIGN, OWN, OTHER, LAST)
+        if LEVEL and not QUERIES:
+            level = block_values(levels_ptr, 1, start, n_other, OTHER, 0, LAST).to(tl.float32)
+        if LEVEL:
+            g -= level
         if CHUNKS > 1:
             other = load_rows(
                 other_ptr, other_stride, start, n_other, stripe, dim, OTHER, WIDTH, FULL, LAST,

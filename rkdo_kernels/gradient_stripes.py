@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .levels import column_total, level_tables
 from .needs import BOTH, Needs, rooms
-from .primitives import LOG2E, leave_out, load_rows, on_diagonal, row_polynomials, touches
+from .parts import at_partners
+from .primitives import LOG2E, block_values, leave_out, load_rows, row_polynomials
 
 
 @triton.jit
@@ -25,7 +27,7 @@ def _gradient_stripe(
     keys_ptr,  # [M, D]              in
     scale_ptr,  # []                 in, c
     weights_ptr,  # [N, DEGREE + 1]  in, fp32
-    at_positive_ptr,  # [N]          in, fp32, ∂L/∂S at (i, i + exclude_a)
+    levels_ptr,  # [N]               in, bf16: see levels.py
     stripe_ptr,  # [stop_i − start_i, stop_j − start_j]  out
     queries_stride,
     keys_stride,
@@ -41,7 +43,7 @@ def _gradient_stripe(
     stop_j,
     DEGREE: tl.constexpr,
     EXCLUDE: tl.constexpr,
-    POSITIVE: tl.constexpr,
+    LEVEL: tl.constexpr,  # whether rows have one
     UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -51,8 +53,8 @@ def _gradient_stripe(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One program per tile:  G_ij = exp(c S_ij) Σ_k weights_ik (S_ij / b)^k, at_positive_i for the
-    positive, for start_i ≤ i < stop_i and start_j ≤ j < stop_j."""
+    """One program per tile:  G_ij − level_i,  G_ij = exp(c S_ij) Σ_k weights_ik (S_ij / b)^k, 0 on
+    the excluded diagonals, for start_i ≤ i < stop_i and start_j ≤ j < stop_j."""
     across = tl.cdiv(stop_j - start_j, COLS)
     first_i = start_i + tl.program_id(0) // across * ROWS
     first_j = start_j + tl.program_id(0) % across * COLS
@@ -73,15 +75,55 @@ def _gradient_stripe(
     for power in tl.static_range(1, DEGREE + 1):
         g = g * u + weights[DEGREE - power]
     g = leave_out(e * g, first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
+    if LEVEL:
+        g -= block_values(levels_ptr, 1, first_i, n, ROWS, 1, True).to(tl.float32)
     i = first_i + tl.arange(0, ROWS)
     j = first_j + tl.arange(0, COLS)
-    if POSITIVE:
-        if touches(first_i, ROWS, first_j, COLS, exclude_a):
-            positive = tl.load(at_positive_ptr + i, mask=i < n, other=0.0)
-            g = tl.where(on_diagonal(i, j, exclude_a), positive[:, None], g)
     at = (i - start_i).to(tl.int64)[:, None] * (stop_j - start_j) + (j - start_j)[None, :]
     mask = (i < stop_i)[:, None] & (j < stop_j)[None, :]
     tl.store(stripe_ptr + at, g.to(stripe_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_shares(
+    gradient_ptr,  # [N or M, D]  in and out, fp32
+    x_ptr,  # [M or N, D]         in, the other operand
+    at_positive_ptr,  # [N]       in, fp32, ∂L/∂S at (i, i + offset)
+    levels_ptr,  # [N]            in, bf16
+    sums_ptr,  # [parts, 2, D]    in, fp32
+    x_stride,
+    n,
+    m,
+    dim,
+    offset,
+    parts,
+    QUERIES: tl.constexpr,  # the gradient is the queries', else the keys'
+    POSITIVE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program per block of rows and WIDTH columns: what the positives add, and the levels."""
+    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * WIDTH
+    d = start + tl.arange(0, WIDTH)
+    if QUERIES:
+        i, partner, n_own, n_other = own, own + offset, n, m
+    else:
+        i, partner, n_own, n_other = own - offset, own - offset, m, n
+    added = tl.zeros([ROWS, WIDTH], tl.float32)
+    if LEVEL:
+        total = column_total(sums_ptr, parts, start, dim, not QUERIES, WIDTH, False)
+        if QUERIES:
+            total *= tl.load(levels_ptr + own, mask=own < n, other=0.0).to(tl.float32)[:, None]
+        added += total
+    if POSITIVE:
+        added += at_partners(
+            at_positive_ptr, i, n, x_ptr, x_stride, partner, n_other, start, dim, WIDTH, False
+        )
+    at = gradient_ptr + own.to(tl.int64)[:, None] * dim + d[None, :]
+    mask = (own < n_own)[:, None] & (d < dim)[None, :]
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + added, mask=mask)
 
 
 def pays(queries: Tensor) -> bool:
@@ -98,10 +140,11 @@ def moments_backward(
     exclude: list[int],
     at_positive: Tensor | None = None,
     needs: Needs = BOTH,
+    level: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A ∂L/∂S that one stripe holds is formed once, for both gradients."""
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
-    run = Stripes(queries, keys, scale, bound, weights.contiguous(), exclude, at_positive)
+    run = Stripes(queries, keys, scale, bound, weights.contiguous(), exclude, level)
     n, m = queries.shape[0], keys.shape[0]
     d_queries, d_keys = rooms(queries, keys, needs)
     rows = launch.stripe(n, m)
@@ -117,7 +160,31 @@ def moments_backward(
             if rows < n or not needs[0]:
                 g = run.stripe(room, 0, n, start, stop)
             multiply(g.T, queries, d_keys[start:stop])
+    for gradient, to_queries, need in zip((d_queries, d_keys), (True, False), needs, strict=True):
+        if need and (at_positive is not None or level is not None):
+            add_shares(gradient, to_queries, queries, keys, exclude, at_positive, level)
     return d_queries, d_keys
+
+
+def add_shares(
+    gradient: Tensor,
+    to_queries: bool,
+    queries: Tensor,
+    keys: Tensor,
+    exclude: list[int],
+    at_positive: Tensor | None,
+    level: Tensor | None,
+) -> None:
+    x = keys if to_queries else queries
+    levels, sums = level_tables(queries, keys, level, to_queries)
+    paired = sums if at_positive is None else at_positive.contiguous()
+    rows, width = 32, 64
+    _add_shares[(triton.cdiv(len(gradient), rows), triton.cdiv(x.shape[1], width))](
+        gradient, x, paired, levels, sums, x.stride(0), len(queries), *keys.shape,
+        launch.excluded(exclude)[0], len(sums), QUERIES=to_queries,
+        POSITIVE=at_positive is not None, LEVEL=level is not None, ROWS=rows, WIDTH=width,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def multiply(g: Tensor, x: Tensor, out: Tensor) -> None:
@@ -171,11 +238,11 @@ class Stripes:
         bound: float,
         weights: Tensor,
         exclude: list[int],
-        at_positive: Tensor | None,
+        level: Tensor | None,
     ) -> None:
-        paired = weights if at_positive is None else at_positive.contiguous()
+        levels = queries if level is None else level.contiguous()
         self.config = launch.config("gradient_stripe", queries)
-        self.tensors = queries, keys, scale, weights, paired
+        self.tensors = queries, keys, scale, weights, levels
         self.numbers = (
             queries.stride(0), keys.stride(0), queries.shape[0], *keys.shape, 1 / bound,
             *launch.excluded(exclude),
@@ -183,7 +250,7 @@ class Stripes:
         self.constants = {
             "DEGREE": weights.shape[1] - 1,
             "EXCLUDE": len(exclude),
-            "POSITIVE": at_positive is not None,
+            "LEVEL": level is not None,
             "UNIT": bound == 1,
             "ROWS": self.config.rows,
             "COLS": self.config.cols,

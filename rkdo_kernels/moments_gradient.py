@@ -85,19 +85,20 @@ def _moments_bwd(
             first = start + clear_pass(turn, a, a_passes, b, b_passes, EXCLUDE) * (COLS * STEPS)
             for step in tl.static_range(STEPS):
                 g, _, k = gradient_tile(
-                    q, q, weights, level, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
-                    first + step * COLS, m, dim, stripe, scale, unit, weights_ptr, levels_ptr, exclude_a,
-                    exclude_b, True, DEGREE, 0, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
-                    UPCAST, False,
+                    q, q, weights, level, queries_ptr, queries_stride, first_i, n, keys_ptr,
+                    keys_stride, first + step * COLS, m, dim, stripe, scale, unit, weights_ptr,
+                    levels_ptr, exclude_a, exclude_b, True, DEGREE, 0, LEVEL, UNIT, ROWS, COLS,
+                    WIDTH, CHUNKS, FULL, PRECISION, UPCAST, False,
                 )  # fmt: skip
                 acc = into(acc, g, k, GRADIENT_PRECISION)
         left = other_tiles(start, passes, a_passes, b_passes, stop, COLS, STEPS)
         for turn in tl.range(left, num_stages=1, disable_licm=True):
             first_j = start + COLS * other_tile(turn, passes, a, a_passes, b, b_passes, STEPS)
             g, _, k = gradient_tile(
-                q, q, weights, level, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
-                first_j, m, dim, stripe, scale, unit, weights_ptr, levels_ptr, exclude_a, exclude_b, True,
-                DEGREE, EXCLUDE, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
+                q, q, weights, level, queries_ptr, queries_stride, first_i, n, keys_ptr,
+                keys_stride, first_j, m, dim, stripe, scale, unit, weights_ptr, levels_ptr,
+                exclude_a, exclude_b, True, DEGREE, EXCLUDE, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS,
+                FULL, PRECISION, UPCAST, True,
             )  # fmt: skip
             acc = into(acc, g, k, GRADIENT_PRECISION)
         if DEGREE == 0 and not LEVEL:
@@ -123,9 +124,9 @@ def _moments_bwd(
             for step in tl.static_range(STEPS):
                 g, q, _ = gradient_tile(
                     k, k, (), 0.0, queries_ptr, queries_stride, first + step * ROWS, n, keys_ptr,
-                    keys_stride, first_j, m, dim, stripe, scale, unit, weights_ptr, levels_ptr, exclude_a,
-                    exclude_b, False, DEGREE, 0, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
-                    UPCAST, False,
+                    keys_stride, first_j, m, dim, stripe, scale, unit, weights_ptr, levels_ptr,
+                    exclude_a, exclude_b, False, DEGREE, 0, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS,
+                    FULL, PRECISION, UPCAST, False,
                 )  # fmt: skip
                 acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
         left = other_tiles(start, passes, a_passes, b_passes, stop, ROWS, STEPS)
@@ -133,8 +134,9 @@ def _moments_bwd(
             first_i = start + ROWS * other_tile(turn, passes, a, a_passes, b, b_passes, STEPS)
             g, q, _ = gradient_tile(
                 k, k, (), 0.0, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
-                first_j, m, dim, stripe, scale, unit, weights_ptr, levels_ptr, exclude_a, exclude_b, False,
-                DEGREE, EXCLUDE, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
+                first_j, m, dim, stripe, scale, unit, weights_ptr, levels_ptr, exclude_a, exclude_b,
+                False, DEGREE, EXCLUDE, LEVEL, UNIT, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION,
+                UPCAST, True,
             )  # fmt: skip
             acc = into(acc, tl.trans(g), q, GRADIENT_PRECISION)
         if LEVEL:
@@ -343,7 +345,8 @@ def moments_backward(
             queries, keys, scale, weights, paired, levels, sums, out, queries.stride(0),
             keys.stride(0), n, m, dim, 1 / bound, *launch.excluded(exclude), span, len(sums),
             QUERIES=to_queries, DEGREE=degree, EXCLUDE=len(exclude),
-            POSITIVE=at_positive is not None, LEVEL=level is not None, UNIT=bound == 1, SPLIT=grid[2] > 1, DENSE=dense, **dims,
+            POSITIVE=at_positive is not None, LEVEL=level is not None, UNIT=bound == 1,
+            SPLIT=grid[2] > 1, DENSE=dense, **dims,
             GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
             COLS=config.cols, STEPS=config.steps, **config.options,
         )  # fmt: skip

@@ -40,6 +40,28 @@ def implementation(backend: str) -> ModuleType:
     return tiled
 
 
+def row_mean(
+    sums: Tensor,  # [N]
+    count: int,
+    queries: Tensor,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:  # [N]
+    """Of a row's `count` entries, where kernels round ∂L/∂S for its product: see levels.py."""
+    if backend != "triton" or queries.element_size() != 2:
+        return None
+    return (sums / max(1, count)).to(dtype)
+
+
+def row_level(sums: Tensor, count: int, queries: Tensor, backend: str) -> Tensor | None:  # [N]
+    return row_mean(sums, count, queries, backend, torch.bfloat16)
+
+
+def given(*levels: Tensor | None) -> list[Tensor]:
+    """What kernels take that tiles do not."""
+    return [x for x in levels if x is not None]
+
+
 # ---- row moments ---------------------------------------------------------------------------------
 
 
@@ -79,6 +101,7 @@ def moments_backward(
     at_positive: Tensor | None,  # [N]
     needs: Sequence[bool],  # the gradients to form; here and below another has no entries
     backend: str,
+    level: Tensor | None = None,  # [N], see `row_level`
 ) -> tuple[Tensor, Tensor]:
     """Through ∂L/∂S_ij = exp(c_0 S_ij) Σ_k weights_ik (S_ij / b)^k, but for the diagonals in
     `exclude`: at_positive on the first, if it is given, and 0."""
@@ -86,7 +109,7 @@ def moments_backward(
     if at_positive is not None:
         at_positive = at_positive.to(weights.dtype)
     return implementation(backend).moments_backward(
-        queries, keys, scale, bound, weights, list(exclude), at_positive, needs
+        queries, keys, scale, bound, weights, list(exclude), at_positive, needs, *given(level)
     )
 
 
@@ -96,26 +119,28 @@ def _(queries, keys, scale, bound, degree, exclude, backend, to_queries=None, to
 
 
 @moments_backward.register_fake
-def _(queries, keys, scale, bound, weights, exclude, at_positive, needs, backend):
+def _(queries, keys, scale, bound, weights, exclude, at_positive, needs, backend, level=None):
     return rooms(queries, keys, needs, product_dtype(queries))
 
 
 def _moments_setup(ctx, inputs, output):
     queries, keys, scale, ctx.bound, ctx.degree, ctx.exclude, ctx.backend, *_ = inputs
-    ctx.save_for_backward(queries, keys, scale)
+    ctx.save_for_backward(queries, keys, scale, output)
 
 
 def _moments_gradient(ctx, d_moments):
     """∂L/∂S = e (c_0 h + h'/b) with h(u) = Σ_k ∂L/∂M_k u^k: coefficients of one polynomial."""
-    queries, keys, scale = ctx.saved_tensors
+    queries, keys, scale, sums = ctx.saved_tensors
     weights = scale * d_moments
     if ctx.degree:
         k = torch.arange(1, ctx.degree + 1, dtype=weights.dtype, device=weights.device)
         slope = torch.nn.functional.pad(d_moments[:, 1:] * (k / ctx.bound), (0, 1))
         weights = weights + slope
     needs = asked(ctx, 7)
+    count = keys.shape[0] - len(ctx.exclude)
+    level = row_level((weights * sums).sum(1), count, queries, ctx.backend)
     gradients = moments_backward(
-        queries, keys, scale, ctx.bound, weights, ctx.exclude, None, needs, ctx.backend
+        queries, keys, scale, ctx.bound, weights, ctx.exclude, None, needs, ctx.backend, level
     )
     return handed(ctx, gradients, 7)
 
@@ -161,6 +186,8 @@ def both_sums_backward(
     at_positive: Tensor | None,  # [N]
     needs: Sequence[bool],
     backend: str,
+    row_means: Tensor | None = None,  # [N], near the mean of a row's e, where kernels need them
+    col_means: Tensor | None = None,  # [M], and of a column's
 ) -> tuple[Tensor, Tensor]:
     """Through ∂L/∂S_ij = c e_ij (row_weights_i + col_weights_j), but for the diagonals in
     `exclude`: at_positive on the first, if it is given, and 0."""
@@ -169,8 +196,9 @@ def both_sums_backward(
     if at_positive is not None:
         at_positive = at_positive.to(dtype)
     return implementation(backend).both_sums_backward(
-        queries, keys, scale, *weights, list(exclude), at_positive, needs
-    )
+        queries, keys, scale, *weights, list(exclude), at_positive, needs,
+        *given(row_means, col_means),
+    )  # fmt: skip
 
 
 @both_sums.register_fake
@@ -181,21 +209,26 @@ def _(queries, keys, scale, exclude, paired, backend, to_queries=None, to_keys=N
 
 
 @both_sums_backward.register_fake
-def _(queries, keys, scale, row_weights, col_weights, exclude, at_positive, needs, backend):
+def _(queries, keys, scale, row_weights, col_weights, exclude, at_positive, needs, backend,
+      row_means=None, col_means=None):  # fmt: skip
     return rooms(queries, keys, needs, product_dtype(queries))
 
 
 def _both_sums_setup(ctx, inputs, output):
     queries, keys, ctx.scale, ctx.exclude, ctx.paired, ctx.backend, *_ = inputs
-    ctx.save_for_backward(queries, keys)
+    ctx.save_for_backward(queries, keys, *output[:2])
 
 
 def _both_sums_gradient(ctx, d_rows, d_cols, d_positive):
-    queries, keys = ctx.saved_tensors
+    queries, keys, rows, cols = ctx.saved_tensors
     needs = asked(ctx, 6)
+    means = (
+        row_mean(x, len(others) - len(ctx.exclude), queries, ctx.backend)
+        for x, others in ((rows, cols), (cols, rows))
+    )
     gradients = both_sums_backward(
         queries, keys, ctx.scale, d_rows, d_cols, ctx.exclude, d_positive if ctx.paired else None,
-        needs, ctx.backend,
+        needs, ctx.backend, *means,
     )  # fmt: skip
     return handed(ctx, gradients, 6)
 
@@ -220,10 +253,11 @@ def self_sums_backward(
     scale: float,
     weights: Tensor,  # [N]
     backend: str,
+    means: Tensor | None = None,  # [N], near the mean of a row's exp(c S), where kernels need them
 ) -> Tensor:
     """G images, G_ij = c exp(c S_ij) (weights_i + weights_j): S_ij and S_ji are one number."""
     weights = (scale * weights).to(product_dtype(images))
-    return implementation(backend).self_sums_backward(images, scale, weights)
+    return implementation(backend).self_sums_backward(images, scale, weights, *given(means))
 
 
 @self_sums.register_fake
@@ -232,18 +266,19 @@ def _(images, scale, backend, to_images=None):
 
 
 @self_sums_backward.register_fake
-def _(images, scale, weights, backend):
+def _(images, scale, weights, backend, means=None):
     return images.new_empty(images.shape, dtype=product_dtype(images))
 
 
 def _self_sums_setup(ctx, inputs, output):
     images, ctx.scale, ctx.backend, _ = inputs
-    ctx.save_for_backward(images)
+    ctx.save_for_backward(images, output)
 
 
 def _self_sums_gradient(ctx, d_sums):
-    (images,) = ctx.saved_tensors
-    gradient = self_sums_backward(images, ctx.scale, d_sums, ctx.backend)
+    images, sums = ctx.saved_tensors
+    means = row_mean(sums, len(sums) - 1, images, ctx.backend)
+    gradient = self_sums_backward(images, ctx.scale, d_sums, ctx.backend, means)
     to_images = ctx.needs_input_grad[3:]  # missing where it is None
     if any(to_images):
         return None, None, None, gradient
@@ -309,9 +344,11 @@ def _recursion_moments_gradient(ctx, d_loss, *_):
         results = [g * d_loss[0].to(g.dtype) for g in gradients]
         return handed(ctx, [once(x, queries, keys) for x in results], 11)
     weight = torch.full((), ctx.weight, dtype=d_loss.dtype, device=d_loss.device)
+    at_positive = at_positive * d_loss  # what the others add up to, negated
+    count = keys.shape[0] - len(ctx.exclude)
     results = moments_backward(
-        queries, keys, weight, ctx.bound, weights * d_loss[:, None], ctx.exclude,
-        at_positive * d_loss, needs, ctx.backend,
+        queries, keys, weight, ctx.bound, weights * d_loss[:, None], ctx.exclude, at_positive,
+        needs, ctx.backend, row_level(-at_positive, count, queries, ctx.backend),
     )  # fmt: skip
     return handed(ctx, results, 11)
 
@@ -381,11 +418,12 @@ def softmax_sums_backward(
     total_weight: Tensor,  # [N], ∂L/∂total
     needs: Sequence[bool],
     backend: str,
+    level: Tensor | None = None,  # [N], see `row_level`
 ) -> tuple[Tensor, Tensor]:
     """Through ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i."""
     rows = (x.to(product_dtype(queries)) for x in (peak, weights, total_weight))
     return implementation(backend).softmax_sums_backward(
-        queries, keys, scales, student, list(exclude), *rows, needs
+        queries, keys, scales, student, list(exclude), *rows, needs, *given(level)
     )
 
 
@@ -398,21 +436,27 @@ def _(queries, keys, scales, student, exclude, backend, to_queries=None, to_keys
 
 
 @softmax_sums_backward.register_fake
-def _(queries, keys, scales, student, exclude, peak, weights, total_weight, needs, backend):
+def _(queries, keys, scales, student, exclude, peak, weights, total_weight, needs, backend,
+      level=None):  # fmt: skip
     return rooms(queries, keys, needs, product_dtype(queries))
 
 
 def _softmax_sums_setup(ctx, inputs, output):
     queries, keys, scales, ctx.student, ctx.exclude, ctx.backend, *_ = inputs
-    ctx.save_for_backward(queries, keys, scales, output[0])
+    ctx.save_for_backward(queries, keys, scales, *output[:2])
 
 
 def _softmax_sums_gradient(ctx, d_peak, d_mass, d_slope, d_total):
-    queries, keys, scales, peak = ctx.saved_tensors
+    queries, keys, scales, peak, mass = ctx.saved_tensors
     needs = asked(ctx, 6)
+    level = None
+    if not ctx.student:  # whose kernels have no product
+        count = keys.shape[0] - len(ctx.exclude)
+        level = row_level((d_mass * mass) @ scales + d_total * count, count, queries, ctx.backend)
     gradients = softmax_sums_backward(
-        queries, keys, scales, ctx.student, ctx.exclude, peak, d_mass, d_total, needs, ctx.backend
-    )
+        queries, keys, scales, ctx.student, ctx.exclude, peak, d_mass, d_total, needs, ctx.backend,
+        level,
+    )  # fmt: skip
     return handed(ctx, gradients, 6)
 
 
@@ -497,9 +541,11 @@ def recursion_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     rows = (x.to(product_dtype(queries)) for x in (pull, weights, at_positive))
+    level = row_level(-at_positive * weights, keys.shape[0] - 1, queries, backend)
     return implementation(backend).recursion_backward(
-        queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass, *rows, needs
-    )
+        queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass, *rows, needs,
+        *given(level),
+    )  # fmt: skip
 
 
 @recursion.register_fake

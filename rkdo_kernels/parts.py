@@ -38,11 +38,17 @@ def at_partners(
     if SPLIT:
         n = tl.where(tl.program_id(2) == 0, n, 0)
     here = (i < n) & (partner >= 0) & (partner < count)
-    d = start + tl.arange(0, WIDTH)
     g = tl.load(at_positive_ptr + i, mask=here, other=0.0).to(tl.float32)
+    return g[:, None] * partners(x_ptr, stride, partner, here, start, dim, WIDTH)
+
+
+@triton.jit
+def partners(x_ptr, stride, partner, here, start, dim, WIDTH: tl.constexpr):
+    """Their rows' columns start .. start + WIDTH, fp32; 0 where a row has none."""
+    d = start + tl.arange(0, WIDTH)
     at = x_ptr + partner.to(tl.int64)[:, None] * stride + d[None, :]
     x = tl.load(at, mask=here[:, None] & (d < dim)[None, :], other=0.0)
-    return g[:, None] * x.to(tl.float32)
+    return x.to(tl.float32)
 
 
 @triton.jit

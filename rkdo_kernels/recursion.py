@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import launch, parts
 from .gradient_loop import gradient_loop
+from .levels import level_tables
 from .needs import BOTH, Needs, rooms
 from .primitives import (
     LANES,
@@ -217,6 +218,8 @@ def _recursion_bwd(
     pull_ptr,  # [N, DEPTH]           in
     weights_ptr,  # [N]               in, ∂L/∂loss
     at_positive_ptr,  # [N]           in, ∂L/∂S_ij at the positive
+    levels_ptr,  # [N]                in, bf16: see levels.py
+    sums_ptr,  # [parts, 2, D]        in, fp32
     gradient_ptr,  # [N or M, D]      out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
@@ -226,9 +229,11 @@ def _recursion_bwd(
     alpha,
     positive_offset,
     span,  # rows of the other operand that a split walks over
+    parts,  # of the sums
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     DEPTH: tl.constexpr,
     DETACH: tl.constexpr,
+    LEVEL: tl.constexpr,  # whether rows have one
     SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -247,8 +252,9 @@ def _recursion_bwd(
             scalars(scales_ptr, DEPTH + 1), scalars(steeper_ptr, DEPTH + 1), alpha, positive_offset,
             DETACH,
         ),
-        row_values, key_values, gradient_tile, at_positive_ptr, positive_offset, True, QUERIES,
-        False, SPLIT, WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
+        row_values, key_values, gradient_tile, at_positive_ptr, positive_offset, levels_ptr,
+        sums_ptr, parts, True, LEVEL, QUERIES, False, SPLIT, WIDTH, CHUNKS, FULL, PRECISION,
+        GRADIENT_PRECISION, UPCAST, ROWS, COLS,
     )  # fmt: skip
 
 
@@ -371,6 +377,7 @@ def recursion_backward(
     weights: Tensor,
     at_positive: Tensor,
     needs: Needs = BOTH,
+    level: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     tables = row_tables(scales, peak, log_mass)
@@ -384,12 +391,14 @@ def recursion_backward(
         grid, out, span = parts.shared(
             gradient, config, dims["CHUNKS"], to_queries, len(walked), launch.CROWDED
         )
+        levels, sums = level_tables(queries, keys, level, to_queries)
         _recursion_bwd[grid](
-            queries, keys, *tables, *rows, out, queries.stride(0), keys.stride(0),
+            queries, keys, *tables, *rows, levels, sums, out, queries.stride(0), keys.stride(0),
             queries.shape[0], keys.shape[0], queries.shape[1], in_float32(alpha), positive_offset,
-            span, QUERIES=to_queries, DEPTH=len(scales) - 1, DETACH=detach_target,
-            SPLIT=grid[2] > 1, **dims, GRADIENT_PRECISION=launch.gradient_precision(queries),
-            ROWS=config.rows, COLS=config.cols, **config.options,
+            span, len(sums), QUERIES=to_queries, DEPTH=len(scales) - 1, DETACH=detach_target,
+            LEVEL=level is not None, SPLIT=grid[2] > 1, **dims,
+            GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
+            COLS=config.cols, **config.options,
         )  # fmt: skip
         parts.add(out, gradient)
     return results

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import launch, parts
 from .gradient_loop import gradient_loop
+from .levels import level_tables
 from .needs import BOTH, Needs, rooms
 from .primitives import (
     LANES,
@@ -221,6 +222,8 @@ def _softmax_sums_bwd(
     peak_ptr,  # [N]                  in
     weights_ptr,  # [N, SCALES]       in, ∂L/∂mass
     total_weight_ptr,  # [N]          in, ∂L/∂total
+    levels_ptr,  # [N]                in, bf16: see levels.py
+    sums_ptr,  # [parts, 2, D]        in, fp32
     gradient_ptr,  # [N or M, D]      out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
@@ -230,9 +233,11 @@ def _softmax_sums_bwd(
     exclude_a,
     exclude_b,
     span,  # rows of the other operand that a split walks over
+    parts,  # of the sums
     QUERIES: tl.constexpr,  # the gradient to the queries, else to the keys
     SCALES: tl.constexpr,
     STUDENT: tl.constexpr,
+    LEVEL: tl.constexpr,  # whether rows have one
     EXCLUDE: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -251,8 +256,9 @@ def _softmax_sums_bwd(
             scalars(scales_ptr, SCALES), peak_ptr, total_weight_ptr, weights_ptr,
             exclude_a, exclude_b, STUDENT, EXCLUDE,
         ),
-        row_values, key_values, gradient_tile, peak_ptr, 0, False, QUERIES, STUDENT, SPLIT, WIDTH,
-        CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
+        row_values, key_values, gradient_tile, peak_ptr, 0, levels_ptr, sums_ptr, parts, False,
+        LEVEL, QUERIES, STUDENT, SPLIT, WIDTH, CHUNKS, FULL, PRECISION, GRADIENT_PRECISION, UPCAST,
+        ROWS, COLS,
     )  # fmt: skip
 
 
@@ -355,6 +361,7 @@ def softmax_sums_backward(
     weights: Tensor,
     total_weight: Tensor,
     needs: Needs = BOTH,
+    level: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     rows = peak.contiguous(), weights.contiguous(), total_weight.contiguous()
@@ -367,11 +374,12 @@ def softmax_sums_backward(
         grid, out, span = parts.shared(
             gradient, config, dims["CHUNKS"], to_queries, len(walked), launch.CROWDED
         )
+        levels, sums = level_tables(queries, keys, level, to_queries)
         _softmax_sums_bwd[grid](
-            queries, keys, scales, *rows, out,
-            queries.stride(0), keys.stride(0), queries.shape[0], keys.shape[0], queries.shape[1],
-            *launch.excluded(exclude), span, QUERIES=to_queries, SCALES=len(scales),
-            STUDENT=student, EXCLUDE=len(exclude), SPLIT=grid[2] > 1, **dims,
+            queries, keys, scales, *rows, levels, sums, out, queries.stride(0), keys.stride(0),
+            queries.shape[0], keys.shape[0], queries.shape[1], *launch.excluded(exclude), span,
+            len(sums), QUERIES=to_queries, SCALES=len(scales), STUDENT=student,
+            LEVEL=level is not None, EXCLUDE=len(exclude), SPLIT=grid[2] > 1, **dims,
             GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
             COLS=config.cols, **config.options,
         )  # fmt: skip

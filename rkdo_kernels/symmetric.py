@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, parts
+from .levels import column_sums, column_total
 from .moments import moments
 from .moments_gradient import (
     clear_pass,
@@ -17,7 +18,7 @@ from .moments_gradient import (
     other_tiles,
 )
 from .needs import BOTH, Needs
-from .parts import at_partners, store_part
+from .parts import partners, store_part
 from .primitives import LOG2E, block_values, into, leave_out, load_rows, similarity_tile, walk
 
 PARTS = 64  # of the column sums, float32 [PARTS, M], whatever N is: more rows, more launches
@@ -160,6 +161,8 @@ def _both_sums_bwd(
     query_weights_ptr,  # [N]          in, fp32, w
     key_weights_ptr,  # [M]            in, fp32, v
     at_positive_ptr,  # [queries]      in, fp32, ∂L/∂S at (i, i + exclude_a)
+    means_ptr,  # [N]                  in, fp32, a number near the mean of a row of e
+    sums_ptr,  # [parts, 2, D]         in, fp32: of the keys, and of v_j keys_j
     gradient_ptr,  # [N, D]            out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
@@ -170,9 +173,11 @@ def _both_sums_bwd(
     exclude_a,
     exclude_b,
     span,  # keys that a split walks over
+    parts,  # of the sums
     BY_KEY: tl.constexpr,  # at_positive has an entry a key, [M]
     EXCLUDE: tl.constexpr,
     POSITIVE: tl.constexpr,
+    LEVEL: tl.constexpr,  # whether there are means: see levels.py
     SPLIT: tl.constexpr,
     DENSE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -189,7 +194,9 @@ def _both_sums_bwd(
 
     ∂L/∂queries = G keys,  G_ij = exp(c S_ij) (w_i + v_j)
 
-    For the keys' gradient queries and keys change places.
+    For the keys' gradient queries and keys change places. With levels
+
+    G_ij = (e_ij − mean_i) (w_i + v_j) + mean_i (w_i + v_j)
     """
     scale = scale * LOG2E
     stripe = tl.program_id(1) * WIDTH
@@ -199,6 +206,9 @@ def _both_sums_bwd(
     first_i = tl.program_id(0) * ROWS
     q = load_rows(queries_ptr, queries_stride, first_i, n, 0, dim, ROWS, WIDTH, FULL, True, UPCAST)
     w = block_values(query_weights_ptr, 1, first_i, n, ROWS, 1, True)
+    mean = 0.0
+    if LEVEL:
+        mean = block_values(means_ptr, 1, first_i, n, ROWS, 1, True)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     start, clear, passes, a, a_passes, b, b_passes, stop = itinerary(
         span, m, first_i + exclude_a, first_i + exclude_b, EXCLUDE, SPLIT, ROWS, COLS * STEPS
@@ -207,34 +217,77 @@ def _both_sums_bwd(
         first = start + clear_pass(turn, a, a_passes, b, b_passes, EXCLUDE) * (COLS * STEPS)
         for step in tl.static_range(STEPS):
             g, k = gradient_tile(
-                q, w, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
+                q, w, mean, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride,
                 first + step * COLS, m, dim, stripe, scale, key_weights_ptr, exclude_a, exclude_b,
-                0, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, False,
+                0, LEVEL, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST, False,
             )  # fmt: skip
             acc = into(acc, g, k, GRADIENT_PRECISION)
     left = other_tiles(start, passes, a_passes, b_passes, stop, COLS, STEPS)
     for turn in tl.range(left, num_stages=1, disable_licm=True):
         first_j = start + COLS * other_tile(turn, passes, a, a_passes, b, b_passes, STEPS)
         g, k = gradient_tile(
-            q, w, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
-            stripe, scale, key_weights_ptr, exclude_a, exclude_b, EXCLUDE, ROWS, COLS, WIDTH,
-            CHUNKS, FULL, PRECISION, UPCAST, True,
+            q, w, mean, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m,
+            dim, stripe, scale, key_weights_ptr, exclude_a, exclude_b, EXCLUDE, LEVEL, ROWS, COLS,
+            WIDTH, CHUNKS, FULL, PRECISION, UPCAST, True,
         )  # fmt: skip
         acc = into(acc, g, k, GRADIENT_PRECISION)
     i = first_i + tl.arange(0, ROWS)
-    if POSITIVE:
-        j = i + exclude_a
-        acc += at_partners(
-            at_positive_ptr, j if BY_KEY else i, m if BY_KEY else n, keys_ptr, keys_stride, j, m,
-            stripe, dim, WIDTH, SPLIT,
+    if LEVEL:
+        acc += mean * w * column_total(sums_ptr, parts, stripe, dim, False, WIDTH, SPLIT)
+        acc += mean * column_total(sums_ptr, parts, stripe, dim, True, WIDTH, SPLIT)
+    if POSITIVE or (LEVEL and EXCLUDE >= 1):
+        acc += at_left_out(
+            means_ptr, query_weights_ptr, i, n, key_weights_ptr, at_positive_ptr, keys_ptr,
+            keys_stride, i + exclude_a, m, stripe, dim, BY_KEY, POSITIVE, LEVEL, WIDTH, SPLIT,
+        )  # fmt: skip
+    if LEVEL and EXCLUDE >= 2:
+        acc += at_left_out(
+            means_ptr, query_weights_ptr, i, n, key_weights_ptr, at_positive_ptr, keys_ptr,
+            keys_stride, i + exclude_b, m, stripe, dim, BY_KEY, False, LEVEL, WIDTH, SPLIT,
         )  # fmt: skip
     store_part(gradient_ptr, i, n, stripe, dim, acc, WIDTH, SPLIT)
+
+
+@triton.jit
+def at_left_out(
+    means_ptr,
+    query_weights_ptr,
+    i,
+    n,
+    key_weights_ptr,
+    at_positive_ptr,
+    keys_ptr,
+    keys_stride,
+    j,
+    m,
+    start,
+    dim,
+    BY_KEY: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Of keys j that rows i leave out, (at_positive − mean_i (w_i + v_j)) k_j, fp32 [ROWS, WIDTH];
+    0 without a pair. The first split has it."""
+    if SPLIT:
+        n = tl.where(tl.program_id(2) == 0, n, 0)
+    here = (i < n) & (j >= 0) & (j < m)
+    weight = tl.zeros_like(i).to(tl.float32)
+    if POSITIVE:
+        weight += tl.load(at_positive_ptr + (j if BY_KEY else i), mask=here, other=0.0)
+    if LEVEL:
+        w = tl.load(query_weights_ptr + i, mask=here, other=0.0)
+        w += tl.load(key_weights_ptr + j, mask=here, other=0.0)
+        weight -= w * tl.load(means_ptr + i, mask=here, other=0.0)
+    return weight[:, None] * partners(keys_ptr, keys_stride, j, here, start, dim, WIDTH)
 
 
 @triton.jit
 def gradient_tile(
     q,
     w,
+    mean,
     queries_ptr,
     queries_stride,
     first_i,
@@ -250,6 +303,7 @@ def gradient_tile(
     exclude_a,
     exclude_b,
     EXCLUDE: tl.constexpr,
+    LEVEL: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -259,14 +313,17 @@ def gradient_tile(
     UPCAST: tl.constexpr,
     LAST: tl.constexpr,  # some keys may be past the last: zeros, so that G there counts nothing
 ):
-    """G = exp(c S) (w + v), and the keys' columns of this stripe."""
+    """G = (exp(c S) − mean) (w + v), and the keys' columns of this stripe."""
     k = load_rows(keys_ptr, keys_stride, first_j, m, 0, dim, COLS, WIDTH, FULL, LAST, UPCAST)
     v = block_values(key_weights_ptr, 1, first_j, m, COLS, 0, LAST)
     s = similarity_tile(
         q, k, queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
         ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
     )  # fmt: skip
-    g = tl.exp2(s * scale) * (w + v)
+    e = tl.exp2(s * scale)
+    if LEVEL:
+        e -= mean
+    g = e * (w + v)
     g = leave_out(g, first_i, first_j, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
     if CHUNKS > 1:
         k = load_rows(
@@ -311,16 +368,18 @@ def both_sums_backward(
     exclude: list[int],
     at_positive: Tensor | None,
     needs: Needs = BOTH,
+    row_means: Tensor | None = None,
+    col_means: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     mirrored = [-diagonal for diagonal in exclude]
     d_queries, d_keys = queries.new_empty(0), keys.new_empty(0)
     if needs[0]:
         d_queries = gradient(
-            queries, keys, scale, row_weights, col_weights, exclude, at_positive, False
+            queries, keys, scale, row_weights, col_weights, exclude, at_positive, False, row_means
         )
     if needs[1]:
         d_keys = gradient(
-            keys, queries, scale, col_weights, row_weights, mirrored, at_positive, True
+            keys, queries, scale, col_weights, row_weights, mirrored, at_positive, True, col_means
         )
     return d_queries, d_keys
 
@@ -330,8 +389,10 @@ def self_sums(images: Tensor, scale: float) -> Tensor:  # [N, D] -> [N]
     return moments(images, images, c, 1.0, 0, [0])[:, 0]
 
 
-def self_sums_backward(images: Tensor, scale: float, weights: Tensor) -> Tensor:  # [N, D]
-    return gradient(images, images, scale, weights, weights, [0], None, False)
+def self_sums_backward(
+    images: Tensor, scale: float, weights: Tensor, means: Tensor | None = None
+) -> Tensor:  # [N, D]
+    return gradient(images, images, scale, weights, weights, [0], None, False, means)
 
 
 def gradient(
@@ -343,6 +404,7 @@ def gradient(
     exclude: list[int],
     at_positive: Tensor | None,
     by_key: bool,
+    means: Tensor | None,
 ) -> Tensor:  # [N, D], to the queries
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     query_weights, key_weights = query_weights.contiguous(), key_weights.contiguous()
@@ -356,10 +418,14 @@ def gradient(
     blocks, step = triton.cdiv(n, config.rows), config.cols * config.steps
     splits, span = launch.split(blocks * dims["CHUNKS"], m, step, config.warps, result)
     out = parts.room(result, splits)
+    leveled = means is not None
+    means, sums = (paired, paired) if means is None else (
+        means.contiguous(), column_sums(keys, key_weights))  # fmt: skip
     _both_sums_bwd[(blocks, dims["CHUNKS"], splits)](
-        queries, keys, query_weights, key_weights, paired, out, queries.stride(0), keys.stride(0),
-        n, m, dim, scale, *launch.excluded(exclude), span, BY_KEY=by_key, EXCLUDE=len(exclude),
-        POSITIVE=at_positive is not None, SPLIT=splits > 1, DENSE=dense, **dims,
+        queries, keys, query_weights, key_weights, paired, means, sums, out, queries.stride(0),
+        keys.stride(0), n, m, dim, scale, *launch.excluded(exclude), span, len(sums),
+        BY_KEY=by_key, EXCLUDE=len(exclude), POSITIVE=at_positive is not None, LEVEL=leveled,
+        SPLIT=splits > 1, DENSE=dense, **dims,
         GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
         COLS=config.cols, STEPS=config.steps, **config.options,
     )  # fmt: skip
