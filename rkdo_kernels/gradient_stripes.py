@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .levels import column_total, level_tables
+from .levels import add_shares
 from .needs import BOTH, Needs, rooms
-from .parts import at_partners
 from .primitives import LOG2E, block_values, leave_out, load_rows, row_polynomials
 
 
@@ -84,48 +83,6 @@ def _gradient_stripe(
     tl.store(stripe_ptr + at, g.to(stripe_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _add_shares(
-    gradient_ptr,  # [N or M, D]  in and out, fp32
-    x_ptr,  # [M or N, D]         in, the other operand
-    at_positive_ptr,  # [N]       in, fp32, ∂L/∂S at (i, i + offset)
-    levels_ptr,  # [N]            in, bf16
-    sums_ptr,  # [parts, 2, D]    in, fp32
-    x_stride,
-    n,
-    m,
-    dim,
-    offset,
-    parts,
-    QUERIES: tl.constexpr,  # the gradient is the queries', else the keys'
-    POSITIVE: tl.constexpr,
-    LEVEL: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """One program per block of rows and WIDTH columns: what the positives add, and the levels."""
-    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    start = tl.program_id(1) * WIDTH
-    d = start + tl.arange(0, WIDTH)
-    if QUERIES:
-        i, partner, n_own, n_other = own, own + offset, n, m
-    else:
-        i, partner, n_own, n_other = own - offset, own - offset, m, n
-    added = tl.zeros([ROWS, WIDTH], tl.float32)
-    if LEVEL:
-        total = column_total(sums_ptr, parts, start, dim, not QUERIES, WIDTH, False)
-        if QUERIES:
-            total *= tl.load(levels_ptr + own, mask=own < n, other=0.0).to(tl.float32)[:, None]
-        added += total
-    if POSITIVE:
-        added += at_partners(
-            at_positive_ptr, i, n, x_ptr, x_stride, partner, n_other, start, dim, WIDTH, False
-        )
-    at = gradient_ptr + own.to(tl.int64)[:, None] * dim + d[None, :]
-    mask = (own < n_own)[:, None] & (d < dim)[None, :]
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + added, mask=mask)
-
-
 def pays(queries: Tensor) -> bool:
     """Whether a gradient is wide enough, and bfloat16, whose range holds ∂L/∂S."""
     return queries.dtype == torch.bfloat16 and queries.shape[1] >= launch.STRIPE_DIM
@@ -164,27 +121,6 @@ def moments_backward(
         if need and (at_positive is not None or level is not None):
             add_shares(gradient, to_queries, queries, keys, exclude, at_positive, level)
     return d_queries, d_keys
-
-
-def add_shares(
-    gradient: Tensor,
-    to_queries: bool,
-    queries: Tensor,
-    keys: Tensor,
-    exclude: list[int],
-    at_positive: Tensor | None,
-    level: Tensor | None,
-) -> None:
-    x = keys if to_queries else queries
-    levels, sums = level_tables(queries, keys, level, to_queries)
-    paired = sums if at_positive is None else at_positive.contiguous()
-    rows, width = 32, 64
-    _add_shares[(triton.cdiv(len(gradient), rows), triton.cdiv(x.shape[1], width))](
-        gradient, x, paired, levels, sums, x.stride(0), len(queries), *keys.shape,
-        launch.excluded(exclude)[0], len(sums), QUERIES=to_queries,
-        POSITIVE=at_positive is not None, LEVEL=level is not None, ROWS=rows, WIDTH=width,
-        num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
 
 
 def multiply(g: Tensor, x: Tensor, out: Tensor) -> None:

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .parts import at_partners, partners
 from .primitives import block_values, load_rows
 
 PARTS = 64  # of a column's sum, at most
@@ -78,6 +79,99 @@ def column_total(
     return total[None, :]
 
 
+@triton.jit
+def _add_shares(
+    gradient_ptr,  # [N or M, D]  in and out, fp32
+    x_ptr,  # [M or N, D]         in, the other operand
+    at_positive_ptr,  # [N]       in, fp32, ∂L/∂S at (i, i + offset)
+    levels_ptr,  # [N]            in, bf16
+    sums_ptr,  # [parts, 2, D]    in, fp32
+    x_stride,
+    n,
+    m,
+    dim,
+    offset,
+    parts,
+    QUERIES: tl.constexpr,  # the gradient is the queries', else the keys'
+    POSITIVE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program per block of rows and WIDTH columns: what the positives add, and the levels."""
+    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * WIDTH
+    d = start + tl.arange(0, WIDTH)
+    if QUERIES:
+        i, partner, n_own, n_other = own, own + offset, n, m
+    else:
+        i, partner, n_own, n_other = own - offset, own - offset, m, n
+    added = tl.zeros([ROWS, WIDTH], tl.float32)
+    if LEVEL:
+        total = column_total(sums_ptr, parts, start, dim, not QUERIES, WIDTH, False)
+        if QUERIES:
+            total *= tl.load(levels_ptr + own, mask=own < n, other=0.0).to(tl.float32)[:, None]
+        added += total
+    if POSITIVE:
+        added += at_partners(
+            at_positive_ptr, i, n, x_ptr, x_stride, partner, n_other, start, dim, WIDTH, False
+        )
+    at = gradient_ptr + own.to(tl.int64)[:, None] * dim + d[None, :]
+    mask = (own < n_own)[:, None] & (d < dim)[None, :]
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + added, mask=mask)
+
+
+@triton.jit
+def _add_means(
+    gradient_ptr,  # [N, D]       in and out, fp32
+    keys_ptr,  # [M, D]           in
+    query_weights_ptr,  # [N]     in, fp32, w
+    key_weights_ptr,  # [M]       in, fp32, v
+    means_ptr,  # [N]             in, fp32
+    sums_ptr,  # [parts, 2, D]    in, fp32: of the keys, and of v_j keys_j
+    keys_stride,
+    n,
+    m,
+    dim,
+    exclude_a,
+    exclude_b,
+    parts,
+    EXCLUDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program per block of rows and WIDTH columns: mean_i Σ_j (w_i + v_j) k_j is added, without
+    the keys i + exclude."""
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * WIDTH
+    w = tl.load(query_weights_ptr + i, mask=i < n, other=0.0)[:, None]
+    share = w * column_total(sums_ptr, parts, start, dim, False, WIDTH, False)
+    share += column_total(sums_ptr, parts, start, dim, True, WIDTH, False)
+    if EXCLUDE >= 1:
+        share -= weighted_keys(
+            w, i, n, key_weights_ptr, keys_ptr, keys_stride, i + exclude_a, m, start, dim, WIDTH
+        )
+    if EXCLUDE >= 2:
+        share -= weighted_keys(
+            w, i, n, key_weights_ptr, keys_ptr, keys_stride, i + exclude_b, m, start, dim, WIDTH
+        )
+    share *= tl.load(means_ptr + i, mask=i < n, other=0.0)[:, None]
+    d = start + tl.arange(0, WIDTH)
+    at = gradient_ptr + i.to(tl.int64)[:, None] * dim + d[None, :]
+    mask = (i < n)[:, None] & (d < dim)[None, :]
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + share, mask=mask)
+
+
+@triton.jit
+def weighted_keys(
+    w, i, n, key_weights_ptr, keys_ptr, keys_stride, j, m, start, dim, WIDTH: tl.constexpr
+):  # [ROWS, WIDTH], fp32
+    """(w_i + v_j) k_j; 0 without a pair."""
+    here = (i < n) & (j >= 0) & (j < m)
+    v = tl.load(key_weights_ptr + j, mask=here, other=0.0)[:, None]
+    return (w + v) * partners(keys_ptr, keys_stride, j, here, start, dim, WIDTH)
+
+
 def column_sums(x: Tensor, weights: Tensor | None) -> Tensor:  # [parts, 2, D] fp32
     """Sums of the rows of x, and of these times their weights, if there are any, in parts."""
     n, dim = x.shape
@@ -98,3 +192,41 @@ def level_tables(
         return queries, keys
     level = level.contiguous()
     return level, column_sums(keys, None) if to_queries else column_sums(queries, level)
+
+
+def add_shares(
+    gradient: Tensor,
+    to_queries: bool,
+    queries: Tensor,
+    keys: Tensor,
+    exclude: list[int],
+    at_positive: Tensor | None,
+    level: Tensor | None,
+) -> None:
+    x = keys if to_queries else queries
+    levels, sums = level_tables(queries, keys, level, to_queries)
+    paired = sums if at_positive is None else at_positive.contiguous()
+    _add_shares[(triton.cdiv(len(gradient), ROWS), triton.cdiv(x.shape[1], WIDTH))](
+        gradient, x, paired, levels, sums, x.stride(0), len(queries), *keys.shape,
+        launch.excluded(exclude)[0], len(sums), QUERIES=to_queries,
+        POSITIVE=at_positive is not None, LEVEL=level is not None, ROWS=ROWS, WIDTH=WIDTH,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def add_means(
+    gradient: Tensor,  # [N, D] fp32
+    keys: Tensor,
+    query_weights: Tensor,
+    key_weights: Tensor,
+    means: Tensor,
+    exclude: list[int],
+) -> None:
+    """What `_both_sums_bwd` left out of a gradient."""
+    sums = column_sums(keys, key_weights)
+    (n, dim), m = gradient.shape, keys.shape[0]
+    _add_means[(triton.cdiv(n, ROWS), triton.cdiv(dim, WIDTH))](
+        gradient, keys, query_weights, key_weights, means, sums, keys.stride(0), n, m, dim,
+        *launch.excluded(exclude), len(sums), EXCLUDE=len(exclude), ROWS=ROWS, WIDTH=WIDTH,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, parts
-from .levels import column_sums, column_total
+from .levels import add_means
 from .moments import moments
 from .moments_gradient import (
     clear_pass,
@@ -18,7 +18,7 @@ from .moments_gradient import (
     other_tiles,
 )
 from .needs import BOTH, Needs
-from .parts import partners, store_part
+from .parts import at_partners, store_part
 from .primitives import LOG2E, block_values, into, leave_out, load_rows, similarity_tile, walk
 
 PARTS = 64  # of the column sums, float32 [PARTS, M], whatever N is: more rows, more launches
@@ -162,7 +162,6 @@ def _both_sums_bwd(
     key_weights_ptr,  # [M]            in, fp32, v
     at_positive_ptr,  # [queries]      in, fp32, ∂L/∂S at (i, i + exclude_a)
     means_ptr,  # [N]                  in, fp32, a number near the mean of a row of e
-    sums_ptr,  # [parts, 2, D]         in, fp32: of the keys, and of v_j keys_j
     gradient_ptr,  # [N, D]            out, fp32; a part a split, where they are split
     queries_stride,
     keys_stride,
@@ -173,7 +172,6 @@ def _both_sums_bwd(
     exclude_a,
     exclude_b,
     span,  # keys that a split walks over
-    parts,  # of the sums
     BY_KEY: tl.constexpr,  # at_positive has an entry a key, [M]
     EXCLUDE: tl.constexpr,
     POSITIVE: tl.constexpr,
@@ -194,9 +192,8 @@ def _both_sums_bwd(
 
     ∂L/∂queries = G keys,  G_ij = exp(c S_ij) (w_i + v_j)
 
-    For the keys' gradient queries and keys change places. With levels
-
-    G_ij = (e_ij − mean_i) (w_i + v_j) + mean_i (w_i + v_j)
+    For the keys' gradient queries and keys change places. With levels G_ij is only
+    (e_ij − mean_i) (w_i + v_j), and `add_means` adds what is missing.
     """
     scale = scale * LOG2E
     stripe = tl.program_id(1) * WIDTH
@@ -232,55 +229,13 @@ def _both_sums_bwd(
         )  # fmt: skip
         acc = into(acc, g, k, GRADIENT_PRECISION)
     i = first_i + tl.arange(0, ROWS)
-    if LEVEL:
-        acc += mean * w * column_total(sums_ptr, parts, stripe, dim, False, WIDTH, SPLIT)
-        acc += mean * column_total(sums_ptr, parts, stripe, dim, True, WIDTH, SPLIT)
-    if POSITIVE or (LEVEL and EXCLUDE >= 1):
-        acc += at_left_out(
-            means_ptr, query_weights_ptr, i, n, key_weights_ptr, at_positive_ptr, keys_ptr,
-            keys_stride, i + exclude_a, m, stripe, dim, BY_KEY, POSITIVE, LEVEL, WIDTH, SPLIT,
-        )  # fmt: skip
-    if LEVEL and EXCLUDE >= 2:
-        acc += at_left_out(
-            means_ptr, query_weights_ptr, i, n, key_weights_ptr, at_positive_ptr, keys_ptr,
-            keys_stride, i + exclude_b, m, stripe, dim, BY_KEY, False, LEVEL, WIDTH, SPLIT,
+    if POSITIVE:
+        j = i + exclude_a
+        acc += at_partners(
+            at_positive_ptr, j if BY_KEY else i, m if BY_KEY else n, keys_ptr, keys_stride, j, m,
+            stripe, dim, WIDTH, SPLIT,
         )  # fmt: skip
     store_part(gradient_ptr, i, n, stripe, dim, acc, WIDTH, SPLIT)
-
-
-@triton.jit
-def at_left_out(
-    means_ptr,
-    query_weights_ptr,
-    i,
-    n,
-    key_weights_ptr,
-    at_positive_ptr,
-    keys_ptr,
-    keys_stride,
-    j,
-    m,
-    start,
-    dim,
-    BY_KEY: tl.constexpr,
-    POSITIVE: tl.constexpr,
-    LEVEL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """Of keys j that rows i leave out, (at_positive − mean_i (w_i + v_j)) k_j, fp32 [ROWS, WIDTH];
-    0 without a pair. The first split has it."""
-    if SPLIT:
-        n = tl.where(tl.program_id(2) == 0, n, 0)
-    here = (i < n) & (j >= 0) & (j < m)
-    weight = tl.zeros_like(i).to(tl.float32)
-    if POSITIVE:
-        weight += tl.load(at_positive_ptr + (j if BY_KEY else i), mask=here, other=0.0)
-    if LEVEL:
-        w = tl.load(query_weights_ptr + i, mask=here, other=0.0)
-        w += tl.load(key_weights_ptr + j, mask=here, other=0.0)
-        weight -= w * tl.load(means_ptr + i, mask=here, other=0.0)
-    return weight[:, None] * partners(keys_ptr, keys_stride, j, here, start, dim, WIDTH)
 
 
 @triton.jit
@@ -408,6 +363,7 @@ def gradient(
 ) -> Tensor:  # [N, D], to the queries
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
     query_weights, key_weights = query_weights.contiguous(), key_weights.contiguous()
+    means = None if means is None else means.contiguous()
     (n, dim), m = queries.shape, keys.shape[0]
     config = launch.config("both_sums_bwd", queries)
     dims = launch.dims(queries, config.width)
@@ -418,16 +374,15 @@ def gradient(
     blocks, step = triton.cdiv(n, config.rows), config.cols * config.steps
     splits, span = launch.split(blocks * dims["CHUNKS"], m, step, config.warps, result)
     out = parts.room(result, splits)
-    leveled = means is not None
-    means, sums = (paired, paired) if means is None else (
-        means.contiguous(), column_sums(keys, key_weights))  # fmt: skip
     _both_sums_bwd[(blocks, dims["CHUNKS"], splits)](
-        queries, keys, query_weights, key_weights, paired, means, sums, out, queries.stride(0),
-        keys.stride(0), n, m, dim, scale, *launch.excluded(exclude), span, len(sums),
-        BY_KEY=by_key, EXCLUDE=len(exclude), POSITIVE=at_positive is not None, LEVEL=leveled,
-        SPLIT=splits > 1, DENSE=dense, **dims,
-        GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows,
-        COLS=config.cols, STEPS=config.steps, **config.options,
+        queries, keys, query_weights, key_weights, paired, paired if means is None else means, out,
+        queries.stride(0), keys.stride(0), n, m, dim, scale, *launch.excluded(exclude), span,
+        BY_KEY=by_key, EXCLUDE=len(exclude), POSITIVE=at_positive is not None,
+        LEVEL=means is not None, SPLIT=splits > 1, DENSE=dense, **dims,
+        GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows, COLS=config.cols,
+        STEPS=config.steps, **config.options,
     )  # fmt: skip
     parts.add(out, result)
+    if means is not None:
+        add_means(result, keys, query_weights, key_weights, means, exclude)
     return result

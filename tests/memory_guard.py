@@ -90,7 +90,7 @@ def calls(n, m, d, dtype):
         return torch.rand(*shape, generator=generator)
 
     x = rows(n, d).div(d).to(dtype), rows(m, d).div(d).to(dtype)
-    scales = torch.tensor([2.0, 2.5, 3.0])
+    scales, level = torch.tensor([2.0, 2.5, 3.0]), rows(n).bfloat16()
     for exclude in ([], [0], [m - n, 0]):
         scale = scales[0].clone()
         yield "moments", (*x, scale, 1.5, 2, exclude)
@@ -99,6 +99,12 @@ def calls(n, m, d, dtype):
         yield "moments_backward in parts", gradient
         if dtype == torch.bfloat16:
             yield "moments_backward in stripes", gradient
+        if dtype != torch.float32:
+            gradient = (*gradient, BOTH, level)
+            yield "moments_backward", gradient
+            yield "moments_backward in parts", gradient
+            if dtype == torch.bfloat16:
+                yield "moments_backward in stripes", gradient
         if exclude:
             settings = (scales.tolist(), 0.5, 1.5, 2, exclude)
             table = quadrature.table(2, tuple(scales.tolist()), 0.5, 1.5, x[0].device)
@@ -109,10 +115,17 @@ def calls(n, m, d, dtype):
         sums = (*x, 2.0, rows(n), rows(m), exclude, rows(n) if exclude else None)
         yield "both_sums_backward", sums
         yield "both_sums_backward in parts", sums
+        if dtype != torch.float32:
+            sums = (*sums, BOTH, rows(n), rows(m))
+            yield "both_sums_backward", sums
+            yield "both_sums_backward in parts", sums
         for parts in ("", " in parts"):
             call = (*x, scales, False, exclude)
             yield f"softmax_sums{parts}", call
-            yield f"softmax_sums_backward{parts}", (*call, rows(n), rows(n, 3), rows(n))
+            back = (*call, rows(n), rows(n, 3), rows(n))
+            yield f"softmax_sums_backward{parts}", back
+            if dtype != torch.float32:
+                yield f"softmax_sums_backward{parts}", (*back, BOTH, level)
     yield "self_sums", (x[0], 2.0)
     yield "self_sums_backward", (x[0], 2.0, rows(n))
     yield "softmax_sums", (*x, scales, True, [])
@@ -121,7 +134,10 @@ def calls(n, m, d, dtype):
         call = (*x, scales, 0.5, m - n, detach, 1 + rows(n), 3 + rows(n, 3))
         for parts in ("", " in parts"):
             yield f"recursion{parts}", call
-            yield f"recursion_backward{parts}", (*call, rows(n, 2), rows(n), rows(n))
+            back = (*call, rows(n, 2), rows(n), rows(n))
+            yield f"recursion_backward{parts}", back
+            if dtype != torch.float32:
+                yield f"recursion_backward{parts}", (*back, BOTH, level)
     yield from field_calls(x, generator)
 
 

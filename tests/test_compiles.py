@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent
 KERNELS = {
-    "losses": {"_add_parts", "_both_sums_bwd", "_both_sums_fwd", "_gradient_stripe", "_join_sums",
-               "_moments_bwd", "_moments_fwd", "_recursion_bwd", "_recursion_fwd",
-               "_recursion_rows", "_single_launch", "_softmax_sums_bwd", "_softmax_sums_fwd"},
+    "losses": {"_add_means", "_add_parts", "_add_shares", "_both_sums_bwd", "_both_sums_fwd",
+               "_column_sums", "_gradient_stripe", "_join_sums", "_moments_bwd", "_moments_fwd",
+               "_recursion_bwd", "_recursion_fwd", "_recursion_rows", "_single_launch",
+               "_softmax_sums_bwd", "_softmax_sums_fwd"},
     "fields": {"_add_parts", "_dense_finish", "_dense_keys", "_dense_rows", "_dense_walk",
                "_join_sums", "_past_sums", "_row_masses", "_snapshot_losses", "_snapshot_rows",
                "_snapshot_walk", "_softmax_sums_fwd"},

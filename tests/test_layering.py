@@ -36,6 +36,7 @@ ARROWS = {
     "launch": {"chebyshev", "constants", "launch_tables"},
     "launch_tables": set(),
     "parts": {"launch", "primitives"},
+    "levels": {"launch", "parts", "primitives"},
     "recursion_rows": {"primitives"},
     "moments": {
         "launch",
@@ -45,8 +46,8 @@ ARROWS = {
         "recursion_rows",
         "single_launch",
     },
-    "moments_gradient": {"gradient_stripes", "launch", "needs", "parts", "primitives"},
-    "gradient_stripes": {"launch", "needs", "primitives"},
+    "moments_gradient": {"gradient_stripes", "launch", "levels", "needs", "parts", "primitives"},
+    "gradient_stripes": {"launch", "levels", "needs", "primitives"},
     "single_launch": {
         "checks",
         "launch",
@@ -54,10 +55,18 @@ ARROWS = {
         "primitives",
         "recursion_rows",
     },
-    "gradient_loop": {"parts", "primitives"},
-    "softmax_sums": {"launch", "needs", "parts", "primitives", "gradient_loop"},
-    "recursion": {"launch", "needs", "parts", "primitives", "gradient_loop"},
-    "symmetric": {"launch", "needs", "parts", "primitives", "moments", "moments_gradient"},
+    "gradient_loop": {"levels", "parts", "primitives"},
+    "softmax_sums": {"launch", "levels", "needs", "parts", "primitives", "gradient_loop"},
+    "recursion": {"launch", "levels", "needs", "parts", "primitives", "gradient_loop"},
+    "symmetric": {
+        "launch",
+        "levels",
+        "needs",
+        "parts",
+        "primitives",
+        "moments",
+        "moments_gradient",
+    },
     "field_mixture": {"primitives", "softmax_sums"},
     "field_snapshot": {"field_mixture", "launch", "needs", "parts", "primitives", "softmax_sums"},
     "field_rows": {"primitives"},
@@ -115,7 +124,7 @@ PUBLIC_MODULES = {"distributed"}  # that rkdo may import besides the names of rk
 TRITON = {
     "primitives", "gradient_loop", "recursion_rows", "moments", "moments_gradient", "symmetric",
     "softmax_sums", "recursion", "single_launch", "gradient_stripes", "field", "field_snapshot",
-    "field_gradient", "field_rows", "field_walk", "field_mixture", "parts",
+    "field_gradient", "field_rows", "field_walk", "field_mixture", "parts", "levels",
 }  # fmt: skip
 KERNELS = sorted(Path(rkdo_kernels.__file__).parent.glob("*.py"))
 TRAINER = sorted(Path(rkdo.__file__).parent.glob("*.py"))
