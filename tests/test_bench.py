@@ -122,18 +122,26 @@ def test_running_out_of_memory_for_real_is_a_result():
     assert "OOM out of memory" in report.table(found.values())
 
 
-def test_a_variant_that_does_not_fit_is_not_taken():
+def test_a_variant_that_does_not_fit_is_not_taken(monkeypatch):
+    called = []
+
     def make(n, device, variant):
         def loss(queries, keys):
             if variant > 64:
                 raise MemoryError
-            time.sleep(0.005 * variant)  # a busy machine is late by tens of milliseconds
+            called.append(variant)
             return rkdo_loss(queries, keys)
 
         return loss
 
+    def seconds(step, device, repeats=1):
+        step()
+        return 1e-3 * called[-1]
+
+    monkeypatch.setattr(measure, "seconds", seconds)
     chunky = Contender("chunky", make, ROWS, variants=(4, 16, 64, 256))
     assert measure.best_variant(chunky, cases.two_views(300, 8, torch.float32, "cpu")) == 4
+    assert set(called) == {64, 16, 4}
 
 
 def test_what_fails_after_the_first_call_is_a_result_too():
