@@ -60,18 +60,18 @@ def worst(
     errors: dict[str, float],
     inputs: Results,
     true: Results,
-    eager: Callable[[Results], Results],
     truth: Callable[[Results], Results],
-    errors_of: Callable[[Results, Results], dict[str, float]],
+    errors_on: Callable[[Results, Results], dict[str, float]],
     ulps: Sequence[int] = (1,),
 ) -> dict[str, float]:
-    """By name the largest of `errors` and eager's own over the draws. `true` is the truth for the
-    inputs as they are; an error that is no number counts for nothing."""
+    """By name the largest of `errors` and eager's own over the draws, `errors_on(inputs, truth)`.
+    `true` is the truth for the inputs as they are; an error that is no number counts for nothing.
+    """
     largest = dict(errors)
     for draw in draws(inputs, ulps):
         exact = truth(draw.inputs) if draw.moved else draw.in_order(true)
         exact = {name: exact[name] for name in errors}
-        for name, error in errors_of(eager(draw.inputs), exact).items():
+        for name, error in errors_on(draw.inputs, exact).items():
             if math.isfinite(error):
                 largest[name] = max(largest[name], error)
     return largest

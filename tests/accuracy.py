@@ -88,8 +88,8 @@ def compare(ours, eager, inputs, scale=1.0, truth=None):
     errors = errors_of(naive, truth)
     if misses(ours, truth, errors, eps, scale):
         errors = worst(
-            errors, widened(inputs), truth, lambda x: rounded_once(eager(x), inputs),
-            lambda x: eager(cast(x, torch.float64)), errors_of,
+            errors, widened(inputs), truth, lambda x: eager(cast(x, torch.float64)),
+            lambda x, exact: errors_of(rounded_once(eager(x), inputs), exact),
         )  # fmt: skip
     missed = misses(ours, truth, errors, eps, scale)
     assert not missed, "\n".join(missed)

@@ -88,21 +88,24 @@ def test_the_worst_error_is_eagers_own():
     """Not below the one that is known, and one that eager has on some draw; NaN is none."""
     views = sample_views(3, 31)
     truth = evaluate(COLD, cast(views, torch.float64))
-    none = dict.fromkeys(truth, 0.0)
-    on_draws = (evaluate, COLD), lambda x: evaluate(COLD, cast(x, torch.float64))
-    eager = partial(*on_draws[0])
-    found = draws.worst(none, views, truth, eager, on_draws[1], errors_of)
+    none, much = dict.fromkeys(truth, 0.0), dict.fromkeys(truth, 1.0)
+
+    def exact(inputs):
+        return evaluate(COLD, cast(inputs, torch.float64))
+
+    def errors(inputs, true):
+        return errors_of(evaluate(COLD, inputs), true)
+
+    found = draws.worst(none, views, truth, exact, errors)
     each = [
-        errors_of(eager(x.inputs), on_draws[1](x.inputs) if x.moved else x.in_order(truth))
+        errors(x.inputs, exact(x.inputs) if x.moved else x.in_order(truth))
         for x in draws.draws(views)
     ]
     assert found == {name: max(x[name] for x in each) for name in truth}
     assert all(error > 0 for error in found.values())
-    large = dict.fromkeys(truth, 1.0)
-    assert draws.worst(large, views, truth, eager, on_draws[1], errors_of) == large
-    nan = lambda x: {name: y * torch.nan for name, y in eager(x).items()}  # noqa: E731
-    raw = lambda x, y: {name: float((x[name] - y[name]).abs().max()) for name in y}  # noqa: E731
-    assert draws.worst(none, views, truth, nan, on_draws[1], raw) == none
+    assert draws.worst(much, views, truth, exact, errors) == much
+    nothing = dict.fromkeys(truth, float("nan"))
+    assert draws.worst(none, views, truth, exact, lambda *_: nothing) == none
 
 
 @pytest.mark.usefixtures("poisoned")
