@@ -214,7 +214,8 @@ def enter(
             true = accuracy.truth(contender, inputs, torch.float64)
             known[about] = true, accuracy.eager_in(contender, inputs)
         true, eager = known[about]
-        errors = accuracy.judge(found, eager, true, contender.in_float32)
+        worse = accuracy.on_draws(contender, inputs, true)
+        errors = accuracy.judge(found, eager, true, contender.in_float32, worse)
         wrong = not errors.limit_used <= 1
         result = replace(
             result,

@@ -9,15 +9,23 @@ bfloat16 and float16 inputs are held to what eager does in float32 with the same
 gradients then rounded to the inputs' dtype. Eager in the inputs' own dtype, which adds up rounded
 gradients, would allow many times that. float64 inputs are held to eager in float64.
 
-An eager result that is not finite counts as exact. The truth's rounding is a few float64 ulps of
-the `scale` it was subtracted from (1/τ for the losses here), and float32's smallest normal number.
+Eager's error is one draw of its rounding, which another CPU may make smaller by luck: where it is
+passed, the worst of several draws is allowed (`bench/draws.py`). An eager result that is not finite
+counts as exact. One ulp is the dtype's ε times the entry. The truth's rounding is a few float64
+ulps of the `scale` it was subtracted from (1/τ for the losses here), and float32's smallest normal
+number.
 
 The gradient for a temperature is one number, in which eager's errors may cancel by luck: it is held
 to the Euclidean norms, over the rows, of eager's errors and of the true gradients.
 """
 
+import math
+from functools import partial
+
 import torch
 from torch.nn.functional import normalize
+
+from bench.draws import worst
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,11 +56,13 @@ def evaluate(loss, inputs):
     return {"value": value.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
-def rounded_once(eager, inputs):
-    """`evaluate` in float32 at least, the gradients then rounded to the inputs' dtypes."""
+def widened(inputs):
     narrow = (torch.bfloat16, torch.float16)
-    wide = {name: x.float() if x.dtype in narrow else x for name, x in inputs.items()}
-    found = evaluate(eager, wide)
+    return {name: x.float() if x.dtype in narrow else x for name, x in inputs.items()}
+
+
+def rounded_once(found, inputs):
+    """What was found in float32 at least, its gradients rounded to the inputs' dtypes."""
     return {name: x.to(inputs[name].dtype) if name in inputs else x for name, x in found.items()}
 
 
@@ -60,59 +70,58 @@ def cast(inputs, dtype):
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
-def assert_as_accurate(loss, eager, inputs, scale=1.0, draws=1):
-    """Holds `loss` to the yardstick; `eager` is the same function materialised, for any dtype. With
-    `draws`, to the worst of so many of eager's errors: see `worst_of_draws`."""
+def assert_as_accurate(loss, eager, inputs, scale=1.0):
+    """Holds `loss` to the yardstick; `eager` is the same function materialised, for any dtype."""
     ours = evaluate(loss, inputs)
+    assert ours["value"].dtype == next(iter(widened(inputs).values())).dtype
     if "temperature" in inputs:
         inputs = {**inputs, "temperature": inputs["temperature"].repeat(len(inputs["queries"]), 1)}
-    naive = rounded_once(eager, inputs)
-    assert ours["value"].dtype == naive["value"].dtype
-    truth = evaluate(eager, cast(inputs, torch.float64))
-    if draws > 1:
-        naive = worst_of_draws(eager, inputs, naive, truth, draws)
-    compare(ours, naive, truth, scale)
+    compare(ours, partial(evaluate, eager), inputs, scale)
 
 
-def worst_of_draws(eager, inputs, naive, truth, draws):
-    """`naive`, but by name the worst of what eager finds on the same numbers, with the embeddings'
-    dimensions in other orders.
-
-    Where few numbers count, their errors cancel by luck on one machine and not on another: a loss
-    of three rows had 2.5e-8 in one order and 1.7e-7 in the next. No order is more exact than
-    another, so what a correct kernel may have is eager's worst.
-    """
-    for seed in range(1, draws):
-        d = inputs["queries"].shape[1]
-        order = torch.randperm(d, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        wide = naive["value"].dtype
-        found = evaluate(eager, {name: x[:, order].to(wide) for name, x in inputs.items()})
-        for name, x in found.items():
-            other = x if name == "value" else x[:, order.argsort()].to(naive[name].dtype)
-            if largest(other - truth[name]) > largest(naive[name] - truth[name]):
-                naive = {**naive, name: other}
-    return naive
+def compare(ours, eager, inputs, scale=1.0, truth=None):
+    """Holds results by name to the yardstick. `eager(inputs)` has what they are to be, in the dtype
+    of the inputs, and the truth where it is not given."""
+    truth = truth or eager(cast(inputs, torch.float64))
+    naive = rounded_once(eager(widened(inputs)), inputs)
+    eps = {name: torch.finfo(x.dtype).eps for name, x in naive.items()}
+    errors = errors_of(naive, truth)
+    if misses(ours, truth, errors, eps, scale):
+        errors = worst(
+            errors, widened(inputs), truth, lambda x: eager(cast(x, torch.float64)),
+            lambda x, exact: errors_of(rounded_once(eager(x), inputs), exact),
+        )  # fmt: skip
+    missed = misses(ours, truth, errors, eps, scale)
+    assert not missed, "\n".join(missed)
 
 
-def compare(ours, naive, truth, scale=1.0):
-    misses = []
+def errors_of(naive, truth):
+    """Eager's by name, the truth naming them; of a temperature by row the norm."""
+    found = {
+        name: float(size_of(name)(naive[name].double() - true)) for name, true in truth.items()
+    }
+    return {name: error if math.isfinite(error) else 0.0 for name, error in found.items()}
+
+
+def misses(ours, truth, errors, eps, scale):
+    """A line for each result that is too far off."""
+    found = []
     for name, true in truth.items():
-        size, found = largest, ours[name].double()
-        if name == "temperature":
-            size, found = torch.linalg.vector_norm, found - true.sum()
-            error = float(found.abs())
-        else:
-            error = float(largest(found - true))
-        eagers, magnitude = float(size(naive[name].double() - true)), float(size(true))
-        ulp = torch.finfo(naive[name].dtype).eps * magnitude
+        exact = true.sum() if name == "temperature" else true
+        error, magnitude = float(largest(ours[name].double() - exact)), float(size_of(name)(true))
+        ulp = eps[name] * magnitude
         rounding = FLOAT64_ULPS * torch.finfo(torch.float64).eps * max(scale, magnitude)
-        limit = 2 * (eagers if eagers < float("inf") else 0) + ulp + rounding + SMALLEST_NORMAL
+        limit = 2 * errors[name] + ulp + rounding + SMALLEST_NORMAL
         if not error <= limit:  # NaN is no number to compare with
-            misses.append(
-                f"{name}: error {error:.3g} passes {limit:.3g}; eager {eagers:.3g}, ulp {ulp:.3g}, "
-                f"largest true entry {magnitude:.3g}"
+            found.append(
+                f"{name}: error {error:.3g} passes {limit:.3g}; eager {errors[name]:.3g}, "
+                f"ulp {ulp:.3g}, largest true entry {magnitude:.3g}"
             )
-    assert not misses, "\n".join(misses)
+    return found
+
+
+def size_of(name):
+    return torch.linalg.vector_norm if name == "temperature" else largest
 
 
 def largest(x):

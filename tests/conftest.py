@@ -1,7 +1,9 @@
 """For the whole session: without a GPU, Triton's kernels run on CPU tensors in its interpreter."""
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 from pairs import thin
@@ -27,6 +29,14 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--all-cases"):
         items[:], left_out = thin(items)
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """For each test, whichever ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture

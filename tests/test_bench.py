@@ -1,10 +1,12 @@
 """Measuring: what is wrong is called wrong, what fails is a result, what was measured is kept."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,18 +124,26 @@ def test_running_out_of_memory_for_real_is_a_result():
     assert "OOM out of memory" in report.table(found.values())
 
 
-def test_a_variant_that_does_not_fit_is_not_taken():
+def test_a_variant_that_does_not_fit_is_not_taken(monkeypatch):
+    called = []
+
     def make(n, device, variant):
         def loss(queries, keys):
             if variant > 64:
                 raise MemoryError
-            time.sleep(0.005 * variant)  # a busy machine is late by tens of milliseconds
+            called.append(variant)
             return rkdo_loss(queries, keys)
 
         return loss
 
+    def seconds(step, device, repeats=1):
+        step()
+        return 1e-3 * called[-1]
+
+    monkeypatch.setattr(measure, "seconds", seconds)
     chunky = Contender("chunky", make, ROWS, variants=(4, 16, 64, 256))
     assert measure.best_variant(chunky, cases.two_views(300, 8, torch.float32, "cpu")) == 4
+    assert set(called) == {64, 16, 4}
 
 
 def test_what_fails_after_the_first_call_is_a_result_too():
@@ -204,6 +214,27 @@ def test_blocks_of_rows_are_the_whole_loss():
     blocks = accuracy.evaluate(contenders.in_chunks(ROWS, True, 16), inputs)
     for name, true in whole.items():
         torch.testing.assert_close(blocks[name], true)
+
+
+def test_one_lucky_draw_of_eager_is_no_limit(monkeypatch):
+    """Where eager's gradients are exact by luck, what it has on other draws is allowed still."""
+    cold = partial(reference.rkdo_loss, temperature=0.01, depth=1)
+    entrant = Contender("ours", lambda n, device: None, cold)
+    inputs = cases.two_views(19, 24, torch.float32, "cpu")
+    true = accuracy.truth(entrant, inputs, torch.float64)
+    lucky = {True: {name: x.float() for name, x in true.items()}}
+    worse = accuracy.on_draws(entrant, inputs, true)
+    errors = worse(dict.fromkeys(true, 0.0))
+
+    def used(share, worse):
+        found = {name: x + share * errors[name] for name, x in true.items()}
+        return accuracy.judge(found, lucky, true, True, worse).limit_used
+
+    assert used(1.5, None) > 1 >= used(1.5, worse)
+    assert used(5.0, worse) > 1
+    assert used(math.nan, worse) > 1
+    monkeypatch.setattr(accuracy, "FEW", 18)
+    assert accuracy.on_draws(entrant, inputs, true) is None
 
 
 def test_memory_is_the_peak_above_the_inputs():

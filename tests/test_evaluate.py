@@ -139,7 +139,9 @@ def test_a_runs_evaluation_is_written_into_its_folder(run, protocol, name):
     metrics, path = evaluate_run(run.folder, protocol, device="cpu")
     assert path == run.folder / name
     assert json.loads(path.read_text()) == {"step": 7, "protocol": protocol, **metrics}
-    assert metrics["linear_probe"] > 0.5  # even an untrained ResNet tells digits apart
+    # Even an untrained ResNet tells digits apart, of which guessing finds a tenth: over seeds it is
+    # 0.95 to 0.97, by the paper's protocol, which learns from 563 images, 0.50 to 0.67.
+    assert metrics["linear_probe"] > {"standard": 0.9, "paper": 0.35}[protocol]
 
 
 def test_a_run_that_cannot_be_evaluated_is_one_line(run, monkeypatch):

@@ -9,7 +9,6 @@ import torch
 
 from bench.compiled.execute.opcodes import OPERATIONS, width
 
-RANDOM = np.random.default_rng(0)
 NUMPY = {
     "s8": np.int8, "u8": np.uint8, "s16": np.int16, "u16": np.uint16, "b16": np.uint16,
     "s32": np.int32, "u32": np.uint32, "b32": np.uint32, "s64": np.int64, "u64": np.uint64,
@@ -22,21 +21,22 @@ AMOUNT = ("shl", "shr", "shf", "bfe", "bfi")  # their last operands are places a
 
 def sample(kind, name, at):
     """32 values of an operand, edges among them; other operands have them in another order."""
+    random = np.random.default_rng([at, *name.encode()])
     if kind.startswith("f"):
         values = np.array(
-            [*FLOAT, *RANDOM.normal(size=32 - len(FLOAT)) * 3], dtype=kind.replace("f", "float")
+            [*FLOAT, *random.normal(size=32 - len(FLOAT)) * 3], dtype=kind.replace("f", "float")
         )
     else:
         info = np.iinfo(NUMPY[kind])
         edges = [0, 1, 2, 3, 7, info.max, info.min, info.max - 1, info.min + 1]
         edges += [-1, -2, -7] if info.min < 0 else []
-        some = RANDOM.integers(info.min, info.max, size=32 - len(edges), dtype=info.dtype)
+        some = random.integers(info.min, info.max, size=32 - len(edges), dtype=info.dtype)
         values = np.concatenate([np.array(edges, dtype=info.dtype), some])
         base = name.split(".")[0]
         if base in AMOUNT and at >= (2 if base in ("bfe", "shl", "shr") else 3):
-            values = RANDOM.integers(0, 70, 32).astype(info.dtype)
+            values = random.integers(0, 70, 32).astype(info.dtype)
             values[:6] = 0, 31, 32, 33, 1, 64
-    return RANDOM.permutation(values) if at > 1 else values
+    return random.permutation(values) if at > 1 else values
 
 
 def executed(name, operands):

@@ -36,14 +36,13 @@ def path(request, monkeypatch):
     return PATHS[request.param]
 
 
-def hold(views, path, temperature, draws=1, **settings):
+def hold(views, path, temperature, **settings):
     settings |= {"temperature": temperature}
     assert_as_accurate(
         lambda **x: rkdo_loss(**x, **settings, **path, reduction="none"),
         lambda **x: reference.rkdo_loss(**x, **settings),
         views,
         scale=1 / temperature / (1 - settings.get("cooling", 0)),
-        draws=draws,
     )
 
 
@@ -65,8 +64,8 @@ def test_a_cooling_that_is_all_but_1(alpha, path):
     for temperature in (0.05, 0.5):
         settings = {"alpha": alpha, "cooling": 1 - 1e-6}
         hold(sample_views(9, 6, aligned=True), path, temperature, **settings)
-        settings["cooling"] = 1 - 1e-12  # a few numbers count: eager's error is luck
-        hold(sample_views(9, 6, aligned=True), path, temperature, draws=8, **settings)
+        settings["cooling"] = 1 - 1e-12
+        hold(sample_views(9, 6, aligned=True), path, temperature, **settings)
         if path["backend"] == "tiled":
             views = sample_views(9, 6, torch.float64, aligned=True)
             hold(views, path, temperature, **settings)
@@ -76,19 +75,14 @@ def test_a_cooling_that_is_all_but_1(alpha, path):
 def test_the_temperature_s_gradient_at_a_cooling_that_is_all_but_1(backend):
     """Entries that do not count have an infinite e there, and weigh nothing."""
     views = sample_views(9, 6, aligned=True)
+    settings = {"cooling": 1 - 1e-12}
     for temperature in (0.05, 0.5):
-        given = torch.tensor(temperature, device=DEVICE, requires_grad=True)
-        loss = rkdo_loss(**views, temperature=given, cooling=1 - 1e-12, backend=backend)
-        (found,) = torch.autograd.grad(loss, given)
-        results = []
-        for dtype in (torch.float64, torch.float32):
-            exact = given.detach().to(dtype).requires_grad_()
-            cast = {name: x.to(dtype) for name, x in views.items()}
-            rows = reference.rkdo_loss(**cast, temperature=exact, cooling=1 - 1e-12)
-            results.append(torch.autograd.grad(rows.mean(), exact)[0].double())
-        true, eager = results
-        allowed = 2 * (eager - true).abs() + torch.finfo(torch.float32).eps * true.abs()
-        assert (found.double() - true).abs() <= allowed
+        assert_as_accurate(
+            lambda **x: rkdo_loss(**x, **settings, backend=backend, reduction="none"),
+            lambda **x: reference.rkdo_loss(**x, **settings),
+            views | {"temperature": torch.tensor(temperature, device=DEVICE)},
+            scale=1 / temperature,
+        )
 
 
 TEMPERATE = {
@@ -153,7 +147,6 @@ def test_a_cold_softmax_of_keys_that_are_alike(dtype):
                     lambda t=temperature, **x: reference.icon_loss(**x, temperature=t, debias=1),
                     {key: x.to(DEVICE, dtype) for key, x in views.items()},
                     scale=1 / temperature,
-                    draws=12,
                 )  # fmt: skip
             except AssertionError as miss:
                 misses.append(f"{seed}, {temperature}: {miss}")

@@ -3,7 +3,9 @@
 import sys
 
 import matrix
+import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -79,3 +81,9 @@ def test_a_name_that_no_row_has(monkeypatch, capsys):
         run(monkeypatch, "abacus")
     assert stop.value.code == 2
     assert "no row is named abacus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_random_numbers_are_the_same_in_any_order_of_the_tests(turn):
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    assert np.random.rand() == np.random.RandomState(0).rand()

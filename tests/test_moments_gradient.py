@@ -25,9 +25,9 @@ def inputs(n, m, d, dtype, degree=2, seed=0):
     return *views.values(), weights, torch.randn(n, generator=generator).to(DEVICE)
 
 
-def materialised(queries, keys, weights, at_positive, exclude, dtype):
-    """G whole, in `dtype`."""
-    queries, keys, weights = queries.to(dtype), keys.to(dtype), weights.to(dtype)
+def materialised(queries, keys, weights, at_positive, exclude):
+    """G whole, in the embeddings' dtype."""
+    weights = weights.to(queries.dtype)
     s = queries @ keys.T
     g = torch.exp(SCALE * s) * sum(
         weights[:, k, None] * (s / BOUND) ** k for k in range(weights.shape[1])
@@ -37,7 +37,7 @@ def materialised(queries, keys, weights, at_positive, exclude, dtype):
         on = j - i[:, None] == diagonal
         value = torch.zeros_like(s)
         if at_positive is not None and diagonal == exclude[0]:
-            value = at_positive.to(dtype)[:, None].expand_as(s)
+            value = at_positive.to(s.dtype)[:, None].expand_as(s)
         g = torch.where(on, value, g)
     return {"queries": g @ keys, "keys": g.T @ queries}
 
@@ -46,11 +46,10 @@ def check(queries, keys, weights, at_positive, exclude):
     scale = torch.tensor(SCALE, device=queries.device)
     found = moments_backward(queries, keys, scale, BOUND, weights, exclude, at_positive)
     assert [x.dtype for x in found] == 2 * [torch.float32]  # to be rounded once, where all meet
-    arguments = queries, keys, weights, at_positive, exclude
     compare(
         {k: x.to(queries.dtype) for k, x in zip(("queries", "keys"), found, strict=True)},
-        {k: x.to(queries.dtype) for k, x in materialised(*arguments, torch.float32).items()},
-        materialised(*arguments, torch.float64),
+        lambda x: materialised(**x, weights=weights, at_positive=at_positive, exclude=exclude),
+        {"queries": queries, "keys": keys},
     )
 
 

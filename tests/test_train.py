@@ -153,14 +153,14 @@ def test_a_signal_during_evaluation_stops_at_once_and_the_evaluation_is_made_on_
 ):
     def evaluate(encoder, data, config):
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(30)
+        for _ in range(1000):  # another thread may take the signal, which then takes a moment
+            time.sleep(0.01)
+        pytest.fail("the evaluation went on")
 
     quicken(monkeypatch)
     monkeypatch.setattr(rkdo.train, "evaluate", evaluate)
-    started = time.monotonic()
     with pytest.raises(Stopped):
         train(SHORT, tmp_path / "run")
-    assert time.monotonic() - started < 20
     assert metrics_of(tmp_path / "run") == []
     quicken(monkeypatch)
     train(SHORT, tmp_path / "run", resume=True)

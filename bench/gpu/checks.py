@@ -79,7 +79,8 @@ def accurate(path: str, n: int, d: int, dtype: str) -> Outcome:
 def compare(contender: Contender, inputs: dict[str, Tensor], found: dict[str, Tensor]) -> Outcome:
     true = accuracy.truth(contender, inputs, torch.float64)
     eager = accuracy.eager_in(contender, inputs)
-    errors = accuracy.judge(found, eager, true, contender.in_float32)
+    worse = accuracy.on_draws(contender, inputs, true)
+    errors = accuracy.judge(found, eager, true, contender.in_float32, worse)
     detail = f"loss {errors.value:.1e}, gradient {errors.gradient:.1e}"
     figures = {"limit used": errors.limit_used}
     fine = errors.limit_used <= 1
