@@ -134,7 +134,8 @@ def icon_loss(
     m = problem.keys.shape[0]
     share = torch.full_like(scale, debias / m)
     entropy = torch.special.entr(1 - debias + share) + (m - 1) * torch.special.entr(share)
-    surplus = scale * share * (m * positive - total)  # of the positive's logit over p's average
+    # Of the positive's logit over p's average; 0 · ∞ where one of those that weigh 0 is −∞.
+    surplus = scale * share * (m * positive - total) if debias else 0.0
     return problem.reduce(cross_entropy + surplus - entropy, reduction)
 
 

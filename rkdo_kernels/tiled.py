@@ -14,7 +14,9 @@ from . import distances as apart
 from .distances import Distances
 from .needs import BOTH, Needs
 from .one_pass import recursion_moments as recursion_moments
-from .tiles import Gradients, Strip, compute, sums, tiles
+from .tiles import Gradients, Strip, compute, may_pass, sums, tiles
+
+LOWEST = -1e20  # logits below: no exponential is left, and times a temperature it is a number
 
 
 def moments(
@@ -166,6 +168,7 @@ def softmax_sums(
     mass = queries.new_zeros(len(queries), len(scales), dtype=sums(queries))
     slope, total = torch.zeros_like(mass), torch.zeros_like(mass[:, :1])
     form = Distances(queries, keys) if student else None
+    deep = may_pass(LOWEST, queries, keys)
     for tile in tiles(queries, keys, buffers=1, form=form):
         for strip in tile.strips():
             x, e, rows = strip.s, strip.buffers[0], strip.rows
@@ -181,6 +184,8 @@ def softmax_sums(
             mass[rows] *= shrink
             peak[rows] = risen
             x.sub_(risen)
+            if deep:
+                x.clamp_min_(LOWEST)
             for t, c in enumerate(scales):
                 torch.mul(x, c, out=e).exp_()
                 strip.fill(e, exclude, 0)
@@ -246,9 +251,10 @@ def recursion(
     loss = queries.new_zeros(len(queries), dtype=sums(queries))
     pull = loss.new_zeros(len(queries), depth)
     slope = loss.new_zeros(len(queries), depth + 1)
+    deep = may_pass(LOWEST, queries, keys)
     for tile in tiles(queries, keys, buffers=Recursion.buffers(depth)):
         for strip in tile.strips():
-            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass)
+            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass, deep)
             state.add_sums(loss, pull, slope, detach_target)
     return loss, pull, slope
 
@@ -269,9 +275,10 @@ def recursion_backward(
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     gradients = Gradients(queries, keys, needs)
     depth = len(scales) - 1
+    deep = may_pass(LOWEST, gradients.queries, gradients.keys)
     for tile in tiles(gradients.queries, gradients.keys, buffers=Recursion.buffers(depth)):
         for strip in tile.strips():
-            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass)
+            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass, deep)
             state.gradient(pull, at_positive, detach_target).mul_(weights[strip.rows, None])
         gradients.add(tile)
     return gradients.result()
@@ -297,6 +304,7 @@ class Recursion:
         positive_offset: int,
         peak: Tensor,
         log_mass: Tensor,
+        deep: bool,  # whether a product may be −∞: 0 · log 0
     ) -> None:
         depth, rows = len(scales) - 1, strip.rows
         self.strip, self.positive = strip, [positive_offset]
@@ -313,6 +321,8 @@ class Recursion:
         self.mix = (alpha * (1 - alpha) ** age.clamp_min(0).to(sums(x)) * (age >= 0)).to(dtype)
 
         x.sub_(peak[rows, None])
+        if deep:
+            x.clamp_min_(LOWEST)
         strip.fill(x, self.positive, 0)
         torch.mul(x, self.scales[0], out=self.q_0).exp_().mul_(torch.exp(-log_mass[rows, :1]))
         strip.fill(self.q_0, self.positive, 0)
