@@ -19,7 +19,7 @@ from rkdo_kernels import launch, one_pass, reference, small
 from rkdo_kernels import tiles as machinery
 
 from . import truth
-from .cases import DTYPES, Case
+from .cases import DTYPES, EXECUTED, Case
 from .compiled import called, executed
 from .yardstick import (
     HALF,
@@ -28,6 +28,7 @@ from .yardstick import (
     all_finite,
     compare,
     errors_of,
+    largest,
     moments_bear,
 )
 
@@ -57,6 +58,8 @@ def judge(case: Case) -> Miss | None:
         for draw in range(DRAWS):
             for name, error in another_draw(case, queries, keys, true, draw).items():
                 errors[name] = max(errors[name], error)
+        for name, error in rounded_inside(case, queries, keys).items():
+            errors[name] += error / 2
         misses = list(compare(case, ours, eager, true, errors))
     return max(misses, key=lambda m: m.factor, default=None)
 
@@ -86,6 +89,33 @@ def another_draw(
         if name.endswith(("queries", "keys")):
             found[name] = found[name][:, order.argsort()]
     return errors_of(found, true)
+
+
+def rounded_inside(case: Case, queries: Tensor, keys: Tensor) -> dict[str, float]:
+    """What compiled kernels' rounding of G = ∂L/∂S to half precision's digits may cost at most:
+    u Σ_j |G_ij zk_j| and u Σ_i |G_ij zq_i|. G is the gradient to columns that S does not see."""
+    dtype = DTYPES[case.dtype]
+    student = case.settings.get("kernel") == "student"  # which has no product with G
+    if case.backend not in EXECUTED or dtype not in HALF or student:
+        return {}
+    (n, d), m = queries.shape, len(keys)
+    square = case.loss == "nt_xent"  # whose S has pairs of two queries and of two keys too
+    before = torch.eye(n, n + m if square else m, dtype=F64) * square
+    behind = torch.eye(m, dtype=F64)
+    if square:
+        behind = torch.cat([torch.zeros(m, n, dtype=F64), behind], 1)
+    pair = torch.cat([queries.double(), before], 1), torch.cat([keys.double(), behind], 1)
+    free = case.but(frozen="")
+    found = evaluate(free, true_loss(free), *pair, by_row(free, F64))
+    to_queries, to_keys = (found[name][:, d:].abs().nan_to_num(0.0) for name in ("queries", "keys"))
+    q, k = (x.double().abs().nan_to_num(0.0, 0.0, 0.0) for x in (queries, keys))
+    if square:
+        pulls = to_queries @ torch.cat([q, k]), to_keys @ torch.cat([q, k])
+    else:
+        pulls = to_queries @ k, to_queries.T @ q
+    unit = torch.finfo(dtype).eps / 2
+    names = [name for name in ("queries", "keys") if name != case.frozen]
+    return {x: unit * largest(pulls[x == "keys"]) for x in names}
 
 
 # ---- ours ----------------------------------------------------------------------------------------
