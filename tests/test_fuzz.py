@@ -224,7 +224,7 @@ NOT_LOST = {"alpha": 0.5, "depth": 1, "cooling": 0.0, "detach_target": False}
                    specials=(("queries", 0, "huge"),), learnable="float32",
                    settings=NOT_LOST | {"alpha": 0.145, "depth": 3}),
         cases.Case(1, "info_nce", n=2, d=4, drawn=(2, 0, 4), length=1.2,
-                   specials=(("keys", 1, "nan"),)),
+                   specials=(("queries", 1, "nan"),)),
     ],
     ids=["−∞", "∞", "weight 0", "weight 0, Student's", "temperature", "NaN, and a bound passed"],
 )  # fmt: skip
