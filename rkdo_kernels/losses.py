@@ -122,12 +122,11 @@ def icon_loss(
     student = kernel == "student"
     positive = problem.student_logits() if student else problem.positive_similarities()
     if student or debias > CANCELS:
-        others, total = rows.sums_and_total(problem, student)
+        odds, total = rows.sums_and_total(problem, student, positive)
         total = total + positive
         if not student and problem.backend == "triton":  # which adds up in float32
             total = total + (problem.total_similarities() - total).detach()
-        logit = scale * positive
-        cross_entropy = torch.logaddexp(others - logit, torch.zeros_like(logit))
+        cross_entropy = rows.from_odds(odds, positive)
     else:
         total = problem.total_similarities()
         cross_entropy = rows.one_hot(problem, reduction)
