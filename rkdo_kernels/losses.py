@@ -238,7 +238,7 @@ def similarity_moments(
     polynomial coefficients. `exclude_self` leaves key i out of row i.
 
     A learnable temperature's gradient is made of differences b (M_k+1 − M_k) / τ². Where S is near
-    b they cancel, and it is known to about ten float32 steps of b M_k / τ².
+    b they cancel, and it is known to about two float32 steps of b M_k / τ² a row.
 
     Raises:
         ValueError: as `rkdo_loss`; a temperature so small that exp(−2b/τ) is no normal number
