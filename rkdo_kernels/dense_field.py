@@ -108,7 +108,7 @@ class DenseField:
         diagonal = self.tensors["diagonal"][batch.rows, None]
         p = self.entries(batch).to(diagonal.dtype).scatter_(1, batch.own[:, None], diagonal)
         mass = p.sum(1, keepdim=True)
-        return torch.where(mass > 0, p / mass, 0)
+        return torch.where(mass >= torch.finfo(p.dtype).tiny, p / mass, 0)
 
     def rows(self, batch: Batch) -> Tensor:  # [R, n]
         diagonal = self.tensors["diagonal"][batch.rows, None]

@@ -50,11 +50,11 @@ class Distances:
             product = torch.mm(self.rows[rows], self.cols[cols].T, out=self.scratch(out))
             out.copy_(product).clamp_min_(0)
         else:
-            between = torch.cdist(
-                self.queries[rows], self.keys[cols],
-                compute_mode="donot_use_mm_for_euclid_dist",
-            )  # fmt: skip
-            torch.square(between, out=out)
+            ends = self.queries[rows], self.keys[cols]
+            if self.wide:  # rounded once: where distances are equal, they stay so
+                ends = ends[0].double(), ends[1].double()
+            between = torch.cdist(*ends, compute_mode="donot_use_mm_for_euclid_dist")
+            out.copy_(between.square_())
 
 
 class Gradients:
@@ -88,6 +88,15 @@ class Gradients:
         if of.near and self.to_keys:
             d_keys = d_keys[:, :-2] / -2 - d_keys[:, -1:] * of.cols[:, :-2]
         return d_queries.to(of.queries.dtype), d_keys.to(of.queries.dtype)
+
+
+def below_peak(distances: Tensor, nearest: Tensor) -> Tensor:  # [N, M], [N, 1]
+    """Student's logits −log(1 + distances) less that of the nearest, in the distances' place.
+
+    A logit's own rounding grows with it, and 1/τ multiplies it; that of
+    log((1 + distance)/(1 + nearest)) = log1p((distance − nearest)/(1 + nearest)) does not.
+    """
+    return distances.sub_(nearest).mul_(1 / (1 + nearest)).log1p_().neg_()
 
 
 def is_wide(x: Tensor) -> bool:

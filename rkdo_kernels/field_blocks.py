@@ -152,7 +152,11 @@ class Block:
             torch.sum(w, 1, keepdim=True, out=run.excess[rows])
 
     def add_gradient(self, target: Target, weights: Tensor | None = None) -> None:
-        """Adds up the products with G = weights (q − p̂)."""
+        """Adds up the products with G = weights (q − p̂).
+
+        Where a row's own column has most of p̂, q − p̂ there has few digits: it is what the others
+        leave of Σ_j (q − p̂)_j = 0.
+        """
         run, gradients = self.run, self.run.gradients
         if not (gradients.to_queries or gradients.to_keys):
             return
@@ -164,7 +168,10 @@ class Block:
             )
         g = torch.addcdiv(self.q, target.p, mass, value=-1, out=self.work)
         if target.own is not None and target.at_own is not None:
-            g.scatter_add_(1, target.own, -target.at_own / mass)
+            share = target.at_own / mass
+            own = g.gather(1, target.own) - share
+            rest = g.scatter_(1, target.own, 0).sum(1, keepdim=True)
+            g.scatter_(1, target.own, torch.where(share > 0.5, -rest, own))
         if factor is not None:
             g.mul_(factor)
         if gradients.to_queries:

@@ -122,19 +122,19 @@ def icon_loss(
     student = kernel == "student"
     positive = problem.student_logits() if student else problem.positive_similarities()
     if student or debias > CANCELS:
-        others, total = rows.sums_and_total(problem, student)
+        odds, total = rows.sums_and_total(problem, student, positive)
         total = total + positive
         if not student and problem.backend == "triton":  # which adds up in float32
             total = total + (problem.total_similarities() - total).detach()
-        logit = scale * positive
-        cross_entropy = torch.logaddexp(others - logit, torch.zeros_like(logit))
+        cross_entropy = rows.from_odds(odds, positive)
     else:
         total = problem.total_similarities()
         cross_entropy = rows.one_hot(problem, reduction)
     m = problem.keys.shape[0]
     share = torch.full_like(scale, debias / m)
     entropy = torch.special.entr(1 - debias + share) + (m - 1) * torch.special.entr(share)
-    surplus = scale * share * (m * positive - total)  # of the positive's logit over p's average
+    # Of the positive's logit over p's average; 0 · ∞ where one of those that weigh 0 is −∞.
+    surplus = scale * share * (m * positive - total) if debias else 0.0
     return problem.reduce(cross_entropy + surplus - entropy, reduction)
 
 
@@ -238,7 +238,7 @@ def similarity_moments(
     polynomial coefficients. `exclude_self` leaves key i out of row i.
 
     A learnable temperature's gradient is made of differences b (M_k+1 − M_k) / τ². Where S is near
-    b they cancel, and it is known to about ten float32 steps of b M_k / τ².
+    b they cancel, and it is known to about two float32 steps of b M_k / τ² a row.
 
     Raises:
         ValueError: as `rkdo_loss`; a temperature so small that exp(−2b/τ) is no normal number

@@ -421,9 +421,9 @@ def softmax_sums_backward(
     level: Tensor | None = None,  # [N], see `row_level`
 ) -> tuple[Tensor, Tensor]:
     """Through ∂L/∂x_ij = Σ_t weights_it c_t exp(c_t (x_ij − peak_i)) + total_weight_i."""
-    rows = (x.to(product_dtype(queries)) for x in (peak, weights, total_weight))
+    rows = (x.to(product_dtype(queries)) for x in (weights, total_weight))
     return implementation(backend).softmax_sums_backward(
-        queries, keys, scales, student, list(exclude), *rows, needs, *given(level)
+        queries, keys, scales, student, list(exclude), peak, *rows, needs, *given(level)
     )
 
 
@@ -496,6 +496,8 @@ def recursion(
     step = 1 / c.max()  # to which s is known at least, or its rounding alone would decide
     over = torch.where(s < peak, s - risen, (s - risen).clamp(-step, step))
     mass, peak, x = shrink * mass, risen, over[:, None]
+    if alpha == 1:  # no target is left at the positive: 0 · log 0 where its product is −∞
+        x = torch.where(mass[:, :1] > 0, x.clamp_min(tiled.LOWEST), x)
     log_mass = torch.logaddexp(mass.log(), c * x)  # c x passes 0 by float32's rounding of the peak
     loss, pull, tilt = run.recursion(
         queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass

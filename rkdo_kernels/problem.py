@@ -128,8 +128,9 @@ class Problem:
 
     def student_logits(self) -> Tensor:  # [N], −log(1 + ‖query − key‖²) of the positives
         queries, keys = self.wide()
-        difference = queries - self.positives(keys)
-        return -torch.log1p(difference.square().sum(1, dtype=ops.row_dtype(self.queries)))
+        difference = (queries - self.positives(keys)).to(ops.row_dtype(self.queries))
+        distance = difference.square().sum(1)  # rounded as the tiles have it: ties stay ties
+        return -torch.log1p(distance.to(queries.dtype).to(distance.dtype))
 
     def positives(self, keys: Tensor) -> Tensor:  # [M, D] -> [N, D]
         return keys.narrow(0, self.offset, self.queries.shape[0])

@@ -119,8 +119,10 @@ class ResponseField:
     ) -> Tensor:  # [] or [B], float32 (float64 for float64 inputs), nats
         """KL(p̂_i ‖ q_i), differentiable in queries and keys; the field stays as it is.
 
-        A row of the block without mass has loss 0. With reduction "none" the backward pass reads a
-        dense field again, and raises a RuntimeError if it has been updated since.
+        A row whose mass in the block is below the smallest normal number, 2⁻¹²⁶ (2⁻¹⁰²² of a
+        float64 field), has no target: loss and gradient 0, and an update leaves it as it is. With
+        reduction "none" the backward pass reads a dense field again, and raises a RuntimeError if
+        it has been updated since.
 
         Raises:
             ValueError: shapes or devices that do not fit, temperature ≤ 0, an unknown reduction or

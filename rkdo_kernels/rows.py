@@ -48,10 +48,15 @@ def one_hot(problem: Problem, reduction: str, exclude: Sequence[int] = ()) -> Te
     if isinstance(temperature, Tensor) or not odds_are_safe(problem):
         similarity = problem.positive_similarities()
         odds = logsumexp(problem, [problem.offset, *exclude], similarity)
-        lost = 0 * torch.where(odds == float("-inf"), similarity, similarity.clamp_min(0))
-        return torch.logaddexp(odds, lost)  # NaN, not 0, if that is ∞, or −∞ and alone
+        return from_odds(odds, similarity)
     scales = [1 / temperature] * 2
     return rkdo_from_moments(problem, 0, scales, 0.0, False, reduction, exclude)
+
+
+def from_odds(odds: Tensor, positive: Tensor) -> Tensor:  # [N] each
+    """−log q at the positive, whose logit is given, of log Σ_{j ≠ positive} q_j / q."""
+    lost = 0 * torch.where(odds == float("-inf"), positive, positive.clamp_min(0))
+    return torch.logaddexp(odds, lost)  # NaN, not 0, if that is ∞, or −∞ and alone
 
 
 def odds_are_safe(problem: Problem) -> bool:
@@ -141,15 +146,19 @@ def logsumexp(
     return _from_sums(scale, peak, mass, slope, less)
 
 
-def sums_and_total(problem: Problem, student: bool) -> tuple[Tensor, Tensor]:  # [N], [N]
-    """log Σ_j exp(x_ij / τ) and Σ_j x_ij off the positive, both with their gradients in one term
-    an entry; x = S or, if `student`, −log(1 + ‖zq_i − zk_j‖²)."""
+def sums_and_total(
+    problem: Problem,
+    student: bool,
+    positive: Tensor,  # [N], x_i at the positive
+) -> tuple[Tensor, Tensor]:  # [N], [N]
+    """log Σ_j exp((x_ij − positive_i) / τ) and Σ_j x_ij off the positive, both with their gradients
+    in one term an entry; x = S or, if `student`, −log(1 + ‖zq_i − zk_j‖²)."""
     scale = problem.inverse_temperature()
     peak, mass, slope, total = ops.softmax_sums(
         problem.queries, problem.keys, scale.detach()[None], student, [problem.offset],
         problem.backend, *problem.stand_ins,
     )  # fmt: skip
-    return _from_sums(scale, peak, mass, slope), total
+    return _from_sums(scale, peak, mass, slope, positive), total
 
 
 def _from_sums(

@@ -38,7 +38,8 @@ def recursion(
     n, m = queries.shape[0], keys.shape[0]
     mix, rest = mixture(alpha, depth)
     s = queries.double() @ keys.double().T
-    log_q = (s - s.amax(1, keepdim=True)) * scales[:, None, None]
+    s -= s.amax(1, keepdim=True)
+    log_q = s * scales[:, None, None]
     q = log_q.exp()
     mass = q.sum(2, keepdim=True)
     q /= mass

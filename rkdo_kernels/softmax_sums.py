@@ -364,7 +364,7 @@ def softmax_sums_backward(
     level: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     queries, keys = launch.rows_contiguous(queries), launch.rows_contiguous(keys)
-    rows = peak.contiguous(), weights.contiguous(), total_weight.contiguous()
+    rows = peak.float().contiguous(), weights.contiguous(), total_weight.contiguous()
     results = rooms(queries, keys, needs)
     for gradient, to_queries, need in zip(results, (True, False), needs, strict=True):
         if not need:

@@ -14,7 +14,9 @@ from . import distances as apart
 from .distances import Distances
 from .needs import BOTH, Needs
 from .one_pass import recursion_moments as recursion_moments
-from .tiles import Gradients, Strip, compute, sums, tiles
+from .tiles import Gradients, Strip, compute, may_pass, sums, tiles
+
+LOWEST = -1e20  # logits below: no exponential is left, and times a temperature it is a number
 
 
 def moments(
@@ -157,30 +159,46 @@ def softmax_sums(
         peak_i = max_j x_ij                  mass_it = Σ_j exp(c_t (x_ij − peak_i))
         total_i = Σ_j x_ij                   slope_it = Σ_j (x_ij − peak_i) exp(c_t (x_ij − peak_i))
 
-    A row without keys has mass 0 and the lowest finite peak.
+    A row without keys has mass 0 and a peak that is a number.
     """
     queries, keys = compute(queries), compute(keys)
     scales = scales.to(queries.dtype)
     lowest = torch.finfo(queries.dtype).min / 4
-    peak = queries.new_full((len(queries), 1), lowest)
     mass = queries.new_zeros(len(queries), len(scales), dtype=sums(queries))
+    peak = mass.new_full((len(queries), 1), lowest, dtype=mass.dtype if student else queries.dtype)
+    nearest = queries.new_full((len(queries) * student, 1), -lowest)
     slope, total = torch.zeros_like(mass), torch.zeros_like(mass[:, :1])
     form = Distances(queries, keys) if student else None
+    deep = may_pass(LOWEST, queries, keys)
     for tile in tiles(queries, keys, buffers=1, form=form):
         for strip in tile.strips():
             x, e, rows = strip.s, strip.buffers[0], strip.rows
-            if student:
-                x.log1p_().neg_()
-            strip.fill(x, exclude, 0)
-            total[rows] += x.sum(1, keepdim=True, dtype=total.dtype)
-            strip.fill(x, exclude, lowest)
-            risen = torch.maximum(peak[rows], x.amax(1, keepdim=True))
+            if student:  # x holds distances
+                strip.fill(x, exclude, torch.inf)
+                near = nearest[rows] = torch.minimum(nearest[rows], x.amin(1, keepdim=True))
+                risen = torch.log1p(near.to(peak.dtype)).neg_()
+            else:
+                strip.fill(x, exclude, 0)
+                total[rows] += x.sum(1, keepdim=True, dtype=total.dtype)
+                strip.fill(x, exclude, lowest)
+                risen = torch.maximum(peak[rows], x.amax(1, keepdim=True))
             fall = (peak[rows] - risen).to(mass.dtype)
             shrink = torch.exp(fall * scales)
             slope[rows] = shrink * (slope[rows] + fall * mass[rows])
             mass[rows] *= shrink
             peak[rows] = risen
-            x.sub_(risen)
+            if student:
+                apart.below_peak(x, near)
+                strip.fill(x, exclude, 0)
+                total[rows] += x.sum(1, keepdim=True, dtype=total.dtype) + risen * x.shape[1]
+                for offset in exclude:
+                    strip.diagonal(total[rows].expand_as(x), offset).sub_(
+                        strip.diagonal(risen.expand_as(x), offset)
+                    )
+            else:
+                x.sub_(risen)
+            if deep:
+                x.clamp_min_(LOWEST)
             for t, c in enumerate(scales):
                 torch.mul(x, c, out=e).exp_()
                 strip.fill(e, exclude, 0)
@@ -204,15 +222,18 @@ def softmax_sums_backward(
     form = Distances(queries, keys) if student else None
     gradients = apart.Gradients(form, needs) if form else Gradients(queries, keys, needs)
     queries, keys = compute(queries), compute(keys)
-    scales = scales.to(queries.dtype)
+    scales, peak = scales.to(queries.dtype), peak[:, None]
+    nearest = torch.expm1(-peak).to(queries.dtype) if student else None
+    peak = peak.to(queries.dtype)
     steep = weights * scales
     for tile in tiles(queries, keys, buffers=3 if student else 2, form=form):
         for strip in tile.strips():
             x, (e, g, *distance), rows = strip.s, strip.buffers, strip.rows
             if student:  # v = 1 + ‖zq − zk‖², x = −log v
                 torch.add(x, 1, out=distance[0])
-                x.log1p_().neg_()
-            x.sub_(peak[rows, None])
+                apart.below_peak(x, nearest[rows])
+            else:
+                x.sub_(peak[rows])
             g.copy_(total_weight[rows, None].expand_as(g))
             for t, c in enumerate(scales):
                 torch.mul(x, c, out=e).exp_()
@@ -246,9 +267,10 @@ def recursion(
     loss = queries.new_zeros(len(queries), dtype=sums(queries))
     pull = loss.new_zeros(len(queries), depth)
     slope = loss.new_zeros(len(queries), depth + 1)
+    deep = may_pass(LOWEST, queries, keys)
     for tile in tiles(queries, keys, buffers=Recursion.buffers(depth)):
         for strip in tile.strips():
-            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass)
+            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass, deep)
             state.add_sums(loss, pull, slope, detach_target)
     return loss, pull, slope
 
@@ -269,9 +291,10 @@ def recursion_backward(
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     gradients = Gradients(queries, keys, needs)
     depth = len(scales) - 1
+    deep = may_pass(LOWEST, gradients.queries, gradients.keys)
     for tile in tiles(gradients.queries, gradients.keys, buffers=Recursion.buffers(depth)):
         for strip in tile.strips():
-            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass)
+            state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass, deep)
             state.gradient(pull, at_positive, detach_target).mul_(weights[strip.rows, None])
         gradients.add(tile)
     return gradients.result()
@@ -297,6 +320,7 @@ class Recursion:
         positive_offset: int,
         peak: Tensor,
         log_mass: Tensor,
+        deep: bool,  # whether a product may be −∞: 0 · log 0
     ) -> None:
         depth, rows = len(scales) - 1, strip.rows
         self.strip, self.positive = strip, [positive_offset]
@@ -313,6 +337,8 @@ class Recursion:
         self.mix = (alpha * (1 - alpha) ** age.clamp_min(0).to(sums(x)) * (age >= 0)).to(dtype)
 
         x.sub_(peak[rows, None])
+        if deep:
+            x.clamp_min_(LOWEST)
         strip.fill(x, self.positive, 0)
         torch.mul(x, self.scales[0], out=self.q_0).exp_().mul_(torch.exp(-log_mass[rows, :1]))
         strip.fill(self.q_0, self.positive, 0)

@@ -76,13 +76,15 @@ def compare(
     for name, exact in true.items():
         found = ours[name].double()
         if name.endswith("temperature"):
-            yield from one_number(case, name, found, exact, errors[name], all_finite(eager[name]))
+            eagers = errors[name] + documented(case, true["value"]) / 2
+            yield from one_number(case, name, found, exact, eagers, all_finite(eager[name]))
             continue
         fine, beside = row_is_finite(exact), row_is_finite(eager[name])
         here = row_is_finite(found)
         gone = fine & beside & ~here
         if name != "value":  # what a lost row pulls at may be lost too
             gone = gone & ~(dead if name == "queries" and dead.shape == gone.shape else dead.any())
+            gone = gone & ~(fine & ~beside & fits(exact, ours[name].dtype)).any()  # by chance
         if bool(gone.any()):
             yield Miss(f"{name}: not finite", f"{int(gone.sum())} rows that are finite in float64")
         if name == "value" and bool((here & ~fine).any()):
@@ -95,6 +97,11 @@ def compare(
         exact, found = (x[both] if x.dim() else x for x in (exact, found))
         error = largest(found - exact)
         yield from too_far(case, name, error, errors[name], largest(exact), ours[name].dtype)
+
+
+def fits(exact: Tensor, dtype: torch.dtype) -> Tensor:  # [rows] or []
+    """Whether a row's true entries are numbers of the dtype."""
+    return row_is_finite(exact.to(dtype))
 
 
 def one_number(
@@ -113,6 +120,18 @@ def one_number(
     rounded = DTYPES[case.learnable]
     ulp = torch.finfo(rounded).eps * abs(float(exact.sum()))  # the sum is rounded to it
     yield from too_far(case, name, max(0.0, error - ulp), eagers, size, dtype)
+
+
+def documented(case: Case, moments: Tensor) -> float:
+    """What `similarity_moments` says that its gradient to the temperature may be off by, by row two
+    steps of float32 of b M_k / τ², whose differences it is. (Measured beside eager's error over
+    1,600 cases: 1.4 at most. Equal rows are off alike.)"""
+    if case.loss != "similarity_moments" or case.backend == "reference":
+        return 0.0
+    eps = torch.finfo(torch.promote_types(torch.float32, DTYPES[case.dtype])).eps
+    rows = float((case.weights() * moments.nan_to_num(0.0, 0.0, 0.0)).abs().sum())
+    assert case.bound is not None
+    return 2 * eps * case.bound * rows / case.temperature**2
 
 
 def too_far(
@@ -140,16 +159,23 @@ def nats_of(case: Case, name: str, error: float) -> float:
 
 
 def truths_rounding(case: Case, name: str, size: float) -> float:
-    """A few float64 ulps of what the truth was subtracted from."""
+    """A few float64 ulps of what the truth was subtracted from: logits and logarithms of a value,
+    entries c q of a gradient's G, and of RKDO's c q log(p / q), times the other row. Rows that
+    round alike add up."""
     cold = case.temperature * (1 - case.settings.get("cooling", 0))
-    scale = max(1.0, case.length**2) / cold
+    reach = max(1.0, max(1.0, case.length**2) / cold)
+    scale = reach * (case.rows if case.reduction == "sum" else 1)
     if name != "value":
-        w = float(truth.row_weights(case).abs().max())
-        scale = scale * w * case.settings.get("depth", 1) * max(1.0, case.length)
+        scale = float(truth.row_weights(case).abs().max()) * case.settings.get("depth", 1) / cold
+        if case.loss == "rkdo_loss" and not truth.fits_80_digits(case):
+            through = case.settings["alpha"] and not case.settings["detach_target"]
+            scale = max(scale, scale * cold / case.temperature * reach if through else 0.0)
+        if name.endswith("temperature"):
+            scale *= max(1.0, case.length) ** 3 / cold
+        else:
+            scale *= max(1.0, case.longest_beside(name.split()[-1]) * max(1.0, case.length) ** 2)
         if name == "keys" or name.endswith("temperature"):
             scale *= math.sqrt(case.rows)
-        if name.endswith("temperature"):
-            scale /= cold
     return FLOAT64_ULPS * torch.finfo(torch.float64).eps * max(scale, size)
 
 

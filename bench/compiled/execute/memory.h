@@ -86,10 +86,22 @@ static void trace_read(Range *range, uint64_t address, int size, uint32_t thread
     else r->who = r->who >> 16 == epoch ? epoch << 16 | joined(r->who & 0xffff, thread) : me;
   }
 }
+// The same bits, or NaN both: a GPU has one NaN, this processor's differ in their signs.
+static int same_value(const uint8_t *a, const uint8_t *b, int size, int64_t item) {
+  if (!memcmp(a, b, size)) return 1;
+  if ((item != 4 && item != 8) || size < item) return 0;
+  for (int at = 0; at < size; at += item) {
+    if (!memcmp(a + at, b + at, item)) continue;
+    double x = item == 8 ? *(const double *)(a + at) : *(const float *)(a + at);
+    double y = item == 8 ? *(const double *)(b + at) : *(const float *)(b + at);
+    if (x == x || y == y) return 0;
+  }
+  return 1;
+}
 static void trace_write(Range *range, uint64_t address, int size, uint32_t thread,
                         const void *value) {
   uint32_t me = epoch << 16 | thread;
-  int same = !memcmp((void *)address, value, size);
+  int same = same_value((const uint8_t *)address, value, size, range->item);
   int64_t last = item_at(range, address + size - 1);
   for (int64_t i = item_at(range, address); i <= last; i++) {
     Access *w = range->written + i, *r = range->read + i;
@@ -178,12 +190,13 @@ static int read_shared(uint32_t at, int size, uint32_t who) {
 }
 static void write_shared(uint32_t at, int size, uint32_t who, const uint8_t *value,
                          int is_set) {   // no value: a copy starts
+  int alike = value && same_value(shared + at, value, size, 4);
   for (uint32_t i = at >> grain, n = (at + size - 1) >> grain; i <= n; i++) {
     uint32_t w = writer[i], r = reader[i];
     if (state[i] & COPYING) report(COPY_UNFINISHED, (int64_t)i << grain);
     if (has_products && pending[(i << grain) >> 4]) report(WGMMA_READS, (int64_t)i << grain);
     int same = value && w >> 16 == epoch &&
-               !memcmp(shared + (i << grain), value + ((i << grain) - at), 1u << grain);
+               (alike || !memcmp(shared + (i << grain), value + ((i << grain) - at), 1u << grain));
     if (!same && others(w, who)) report(WRITE_AFTER_WRITE, (int64_t)i << grain);
     if (!same && others(r, who)) report(WRITE_AFTER_READ, (int64_t)i << grain);
     writer[i] = epoch << 16 | who;
