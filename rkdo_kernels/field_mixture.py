@@ -142,6 +142,7 @@ def mixture(
     LABELS: tl.constexpr,
     HISTORY: tl.constexpr,
     PAST_UPCAST: tl.constexpr,
+    UNROLL: tl.constexpr,  # what a walk does not change of every visit stays in shared memory
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -151,22 +152,22 @@ def mixture(
     UPCAST: tl.constexpr,
 ):
     """log2 e and p, [ROWS, COLS]."""
-    past_queries_ptr, past_keys_ptr, table_ptr, visits_ptr = past
+    table_ptr, visits_ptr = past[2], past[3]
     prior_ptr, prior_cols_ptr, row_labels_ptr, col_labels_ptr, entries = prior
     visits = block_values(visits_ptr, 1, first_j, m, COLS, 0, True)
     p = tl.zeros([ROWS, COLS], tl.float32) + TINY
-    for s in tl.static_range(HISTORY):
-        x = product(
-            past_queries_ptr + tl.full([], s, tl.int64) * n * dim, dim, first_i, n,
-            past_keys_ptr + tl.full([], s, tl.int64) * m * dim, dim, first_j, m, dim, ROWS, COLS,
-            WIDTH, CHUNKS, FULL, PRECISION, PAST_UPCAST,
-        )  # fmt: skip
-        at = table_ptr + (PASTS + 3 * s) * n
-        c = block_values(at, 1, first_i, n, ROWS, 1, True)
-        peak = block_values(at + n, 1, first_i, n, ROWS, 1, True)
-        share = block_values(at + 2 * n, 1, first_i, n, ROWS, 1, True)
-        x = tl.where((visits > s) & (share != 0), (x - peak) * c, LEFT_OUT)
-        p += share * tl.exp2(x)
+    if UNROLL:
+        for s in tl.static_range(HISTORY):
+            p += visit(
+                past, s, visits, first_i, n, first_j, m, dim, PAST_UPCAST, ROWS, COLS, WIDTH,
+                CHUNKS, FULL, PRECISION,
+            )  # fmt: skip
+    else:
+        for s in tl.range(HISTORY, num_stages=1, disable_licm=True):
+            p += visit(
+                past, s, visits, first_i, n, first_j, m, dim, PAST_UPCAST, ROWS, COLS, WIDTH,
+                CHUNKS, FULL, PRECISION,
+            )  # fmt: skip
     inverse = block_values(table_ptr + INVERSE * n, 1, first_i, n, ROWS, 1, True)
     if LABELS:
         mine = block_values(row_labels_ptr, 1, first_i, n, ROWS, 1, True)
@@ -184,6 +185,39 @@ def mixture(
         WIDTH, CHUNKS, FULL, PRECISION, UPCAST,
     )  # fmt: skip
     return (s - block_values(table_ptr + PEAK * n, 1, first_i, n, ROWS, 1, True)) * scale, p
+
+
+@triton.jit
+def visit(
+    past,
+    s,
+    visits,
+    first_i,
+    n,
+    first_j,
+    m,
+    dim,
+    PAST_UPCAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    FULL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """w_s q^(s) / f, [ROWS, COLS]."""
+    past_queries_ptr, past_keys_ptr, table_ptr, _ = past
+    turn = tl.full([], 0, tl.int64) + s
+    x = product(
+        past_queries_ptr + turn * n * dim, dim, first_i, n, past_keys_ptr + turn * m * dim, dim,
+        first_j, m, dim, ROWS, COLS, WIDTH, CHUNKS, FULL, PRECISION, PAST_UPCAST,
+    )  # fmt: skip
+    at = table_ptr + (PASTS + 3 * s) * n
+    c = block_values(at, 1, first_i, n, ROWS, 1, True)
+    peak = block_values(at + n, 1, first_i, n, ROWS, 1, True)
+    share = block_values(at + 2 * n, 1, first_i, n, ROWS, 1, True)
+    x = tl.where((visits > s) & (share != 0), (x - peak) * c, LEFT_OUT)
+    return share * tl.exp2(x)
 
 
 @triton.jit

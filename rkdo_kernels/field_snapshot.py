@@ -50,6 +50,7 @@ def _snapshot_walk(
     LABELS: tl.constexpr,
     HISTORY: tl.constexpr,  # K
     PAST_UPCAST: tl.constexpr,
+    UNROLL: tl.constexpr,  # see `mixture`
     SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -81,8 +82,8 @@ def _snapshot_walk(
         for first_j in tl.range(start, stop, COLS, num_stages=1, disable_licm=True):
             x, p = mixture(
                 queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
-                scale, past, prior, LABELS, HISTORY, PAST_UPCAST, ROWS, COLS, WIDTH, CHUNKS, FULL,
-                PRECISION, UPCAST,
+                scale, past, prior, LABELS, HISTORY, PAST_UPCAST, UNROLL, ROWS, COLS, WIDTH, CHUNKS,
+                FULL, PRECISION, UPCAST,
             )  # fmt: skip
             here = (first_j + tl.arange(0, COLS) < m)[None, :]
             e = tl.where(here, tl.exp2(x), 0.0)
@@ -118,8 +119,8 @@ def _snapshot_walk(
         for first_i in tl.range(start, stop, ROWS, num_stages=1, disable_licm=True):
             x, p = mixture(
                 queries_ptr, queries_stride, first_i, n, keys_ptr, keys_stride, first_j, m, dim,
-                scale, past, prior, LABELS, HISTORY, PAST_UPCAST, ROWS, COLS, WIDTH, CHUNKS, FULL,
-                PRECISION, UPCAST,
+                scale, past, prior, LABELS, HISTORY, PAST_UPCAST, UNROLL, ROWS, COLS, WIDTH, CHUNKS,
+                FULL, PRECISION, UPCAST,
             )  # fmt: skip
             g = tl.exp2(x) - p
             g *= block_values(table_ptr + WEIGHT * n, 1, first_i, n, ROWS, 1, True)
@@ -256,7 +257,8 @@ class Snapshots:
         self.m, n = len(keys), self.n
         sums = queries.new_empty(2 * self.history * n, dtype=torch.float32)
         config = launch.config("snapshot_sums", past_keys[0])
-        width = launch.dims(queries)["WIDTH"]
+        # One width, so that every pass rounds S alike: that of the wider dtype.
+        width = min(launch.dims(x)["WIDTH"] for x in (queries, past_keys[0]))
         blocks = triton.cdiv(n, config.rows)
         splits, span = launch.split(blocks * self.history, self.m, config.cols, config.warps, sums)
         past_peak, past_sum = sums.new_empty(2, splits, self.history, n)
@@ -288,6 +290,16 @@ class Snapshots:
             "PAST_UPCAST": interpreted and past_keys.dtype == torch.bfloat16,
             "GRADIENT_PRECISION": launch.gradient_precision(queries),
         }
+        self.width, self.past_size = width, past_keys.element_size()
+
+    def fits_unrolled(self, config: launch.Config, dims: dict[str, Any]) -> bool:
+        """Whether shared memory holds a tile of every visit's rows, and one of each operand's."""
+        sizes = [self.past_size] * self.history + [self.queries.element_size()]
+        copies = {4: 2 if dims["PRECISION"] == "tf32x3" else 1}  # the digits in two parts
+        held = [dims["WIDTH"] * size * copies.get(size, 1) for size in sizes]
+        tallest = max(config.rows, config.cols)
+        limit = launch.shared_memory(self.queries)
+        return dims["CHUNKS"] > 1 or tallest * (sum(held) + max(held)) <= limit
 
     def given(self, *tensors: Tensor | None) -> list[Tensor]:
         """A tensor that nobody reads for one that is not given."""
@@ -297,7 +309,7 @@ class Snapshots:
         self, side: str, *, loss: Tensor | None = None, gradient: Tensor | None = None
     ) -> None:
         config = launch.config(f"snapshot_{side}", self.queries)
-        dims = launch.dims(self.queries, config.width)
+        dims = launch.dims(self.queries, min(config.width or self.width, self.width))
         rows = side == "rows"
         own, other = (config.rows, config.cols) if rows else (config.cols, config.rows)
         blocks, walked = triton.cdiv(self.n if rows else self.m, own), self.m if rows else self.n
@@ -312,7 +324,8 @@ class Snapshots:
         _snapshot_walk[(blocks, 1 if gradient is None else dims["CHUNKS"], splits)](
             *self.tensors, *self.given(loss), sums, out, *self.numbers, span, QUERIES=rows,
             LOSS=loss is not None, GRADIENT=gradient is not None, SPLIT=splits > 1,
-            **self.constants, **dims, ROWS=config.rows, COLS=config.cols, **config.options,
+            UNROLL=self.fits_unrolled(config, dims), **self.constants, **dims, ROWS=config.rows,
+            COLS=config.cols, **config.options,
         )  # fmt: skip
         if gradient is not None:
             parts.add(out, gradient)

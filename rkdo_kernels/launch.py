@@ -198,6 +198,11 @@ def target(x: Tensor) -> str:
     return device(device_index(x)).table if x.device.type == "cuda" else "sm_90"
 
 
+def shared_memory(x: Tensor) -> int:
+    """Bytes that a program may take; interpreted, as where there are few."""
+    return TABLES[target(x)].shared or 64 << 10
+
+
 def config(kernel: str, x: Tensor) -> Config:
     table = target(x)
     return INTERPRETED if table == "interpreted" else launch_config(kernel, x, table)

@@ -237,6 +237,9 @@ ARCH_CONFIGS = {
     ("gfx942", "field_keys", 4, True): Config(64, 64, 4, 2),
     # 99 KB of shared memory
     ("sm_86", "both_sums", 2, True): Config(64, 64, 4, 2),
+    ("sm_86", "field_walk", 2, True): Config(64, 32, 4, 2),
+    ("sm_86", "field_walk", 4, True): Config(64, 16, 4, 1),
+    ("sm_86", "field_walk_gathered", 4, True): Config(64, 16, 4, 1),
     # 64 KB of it
     ("gfx942", "logsumexp", 2, False): Config(128, 64, 8, 2),
     ("gfx942", "softmax_sums", 2, False): Config(128, 64, 8, 2),

@@ -1,4 +1,4 @@
-"""A row's level: any number of it leaves a gradient as it is. Interpreted kernels round none of it."""
+"""A row's level: any number leaves a gradient as it is. Interpreted kernels round none of it."""
 
 import pytest
 import torch
