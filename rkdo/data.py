@@ -5,7 +5,6 @@ the order is a seeded permutation per epoch of which each rank takes its slice o
 a sample's augmentations depend on (seed, epoch, index) alone.
 """
 
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from rkdo.config import TrainConfig
 from rkdo.errors import UserError
+from rkdo.workers import Loader
 
 
 class Images(Protocol):
@@ -263,27 +263,19 @@ def training_loader(images: Images, config: TrainConfig, batches: Batches) -> Da
 
     The views are float32 [rows, 3, size, size], the images' places in `images` int64 [rows].
     """
-    return DataLoader(
+    return Loader(
         TwoViews(images, augmentation(config), config.seed),
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
         num_workers=config.workers,
-        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own, so that starting it draws nothing from the run's
     )
 
 
 def evaluation_loader(images: Images, config: TrainConfig, count: int | None = None) -> DataLoader:
     """Batches of evaluation views of the first `count` images, float32 [≤ 256, 3, size, size]."""
-    return DataLoader(
+    return Loader(
         PlainViews(images, plain_view(config), count),
         batch_size=256,
         num_workers=config.workers,
-        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),
     )
-
-
-def _ignore_signals(worker: int) -> None:
-    """A signal to the process group is the training process's business: it stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
