@@ -1,6 +1,7 @@
 """The settings of one training run."""
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -36,6 +37,20 @@ NEEDS: dict[str, Needed] = {
     "update_every": FIELD,
 }
 OF_ICON = ("debias", "kernel")  # read by --method icon and with a share of it
+# The most that is not a slip of the finger; what memory and time allow is usually less.
+AT_MOST = {
+    "image_size": 4096,
+    "projection": 65_536,
+    "depth": 1000,
+    "history": 10_000,
+    "epochs": 10**9,
+    "steps_per_epoch": 10**9,
+    "stop_window": 10**9,
+    "batch_size": 10**7,
+    "workers": 1024,
+    "evaluate_every": 10**9,
+    "checkpoint_every": 10**9,
+}
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,16 @@ class TrainConfig:
             _check(self, name, "at least 1", lambda v: v >= 1)
         for name in ("workers", "evaluate_every"):
             _check(self, name, "at least 0", lambda v: v >= 0)
-        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        for name, most in AT_MOST.items():
+            _check(self, name, f"at most {most}", lambda v, most=most: v is None or v <= most)
+        self.check_read({f.name for f in fields(self) if getattr(self, f.name) != f.default})
+
+    def check_read(self, given: Collection[str]) -> None:
+        """That each of the settings `given`, at its default or not, is one that the run reads.
+
+        Raises:
+            UserError: one belongs to another value of another setting.
+        """
         for name, needed in NEEDS.items():
             for other, wanted in needed.items() if name in given else ():
                 _check_needed(self, name, other, wanted)

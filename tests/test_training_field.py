@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_field_does_not_fit(whole, tmp_path):
     other = TrainingField(replace(config, projection=8), torch.zeros(9), ALONE)
     for field in (None, {}, {"field": {}, "waiting": []}, other.state_dict()):
         run = shutil.copytree(folder, tmp_path / "run", dirs_exist_ok=True)
-        torch.save({**saved, "field": field}, run / "checkpoint.pt")
+        Run(run).save_checkpoint({**saved, "field": field})
         with pytest.raises(UserError, match="does not fit"):
             train(config, run, resume=True)
 
@@ -437,7 +437,7 @@ def test_a_run_whose_field_cannot_be_drawn_is_one_line(whole, tmp_path, capsys):
 
     assert "--images must be at least 1, got 0" in said("--images", "0")
     assert "cannot be written: Not a directory" in said("--out", str(tmp_path / "file" / "f.png"))
-    torch.save({**saved, "field": {}}, run / "checkpoint.pt")
+    Run(run).save_checkpoint({**saved, "field": {}})
     assert "does not fit" in said()
     (run / "checkpoint.pt").unlink()
     assert "has no checkpoint yet" in said()
