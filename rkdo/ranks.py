@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rkdo.errors import ProcessLost, TrainingError, UserError
+from rkdo.interrupt import by_default
 
 POLL = 0.5  # seconds until a rank notices that torchrun is gone
 T = TypeVar("T")
@@ -73,6 +75,32 @@ class Ranks:
                     error.args = (f"rank {rank}: {error}",)
                 return _result(error)
         return _result(mine)
+
+
+def average_gradients(encoder: nn.Module, ranks: Ranks) -> nn.Module:
+    """`encoder`, with gradients that are the means over ranks, added up in the order of ranks.
+
+    A collective's own order follows a gradient's place in its bucket, and DistributedDataParallel
+    makes new buckets after its first step: of more than two ranks, a run that was resumed would
+    have other last bits.
+    """
+    parallel = DistributedDataParallel(encoder, broadcast_buffers=False)
+    if ranks.size > 2:  # a sum of two has one order
+        parallel.register_comm_hook(ranks, _in_rank_order)
+    return parallel
+
+
+def _in_rank_order(ranks: Ranks, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    mine = bucket.buffer()
+    everyones = [torch.empty_like(mine) for _ in range(ranks.size)]
+
+    def add_up(gathered: Any) -> Tensor:
+        total = everyones[0]
+        for other in everyones[1:]:
+            total += other
+        return total.div_(ranks.size)
+
+    return dist.all_gather(everyones, mine, async_op=True).get_future().then(add_up)
 
 
 def _outcome(action: Callable[[], T]) -> T | UserError:
@@ -141,7 +169,8 @@ def _join(device: str) -> Ranks:
         torch.cuda.set_device(here)
     # The other ranks wait while rank 0 evaluates.
     backend = "nccl" if here.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=4))
+    with by_default():  # nothing is lost yet, and no Python runs while ranks wait to meet
+        dist.init_process_group(backend, timeout=timedelta(hours=4))
     return Ranks(dist.get_rank(), dist.get_world_size(), here)
 
 

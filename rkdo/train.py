@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from rkdo.batchnorm import synchronise_batch_norm
@@ -21,7 +20,7 @@ from rkdo.field import TrainingField
 from rkdo.files import writing
 from rkdo.interrupt import StopRequest, listening
 from rkdo.objective import build_objective
-from rkdo.ranks import Ranks, joined_ranks
+from rkdo.ranks import Ranks, average_gradients, joined_ranks
 from rkdo.record import Run
 from rkdo.report import draw_curves
 from rkdo.schedule import alpha_at, levelled_off, scheduled_at, temperature_at
@@ -40,9 +39,9 @@ def train(
     """Train into the folder `out`, on every rank that torchrun has started; returns the metrics.
 
     A run that was stopped, or killed at any moment, goes on with `resume` to the same bits as if
-    it never had been, on the same kind of machine with as many threads, and with one or two ranks
-    (with more, the order in which gradients are added up is the collective library's). While
-    another process trains into `out` it is refused, or `wait` waits until that has ended.
+    it never had been, on the same kind of machine with as many threads and ranks (of more than two
+    on GPUs this is untested). While another process trains into `out` it is refused, or `wait`
+    waits until that has ended.
 
     Raises:
         UserError: a setting or a file cannot be used, or a file not be written; an existing run,
@@ -91,7 +90,7 @@ def _train(
     encoder: nn.Module = state.encoder.train()
     if ranks.size > 1:
         synchronise_batch_norm(encoder)
-        encoder = DistributedDataParallel(encoder, broadcast_buffers=False)
+        encoder = average_gradients(encoder, ranks)
     objective = build_objective(config, state.field)
     n_steps = config.epochs * steps_per_epoch
     batches = Batches(

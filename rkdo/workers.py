@@ -29,16 +29,31 @@ class Loader(DataLoader):
         super().__init__(dataset, worker_init_fn=obey, **settings)
 
     def __iter__(self) -> Any:
-        with _held_signals():  # a worker must not get one before it knows what to do with it
+        with _quietly():
             return super().__iter__()
 
 
 @contextmanager
-def none_lost() -> Iterator[None]:
-    """Inside, the end of a worker that nobody asked to end is `ProcessLost`.
+def _quietly() -> Iterator[None]:
+    """Inside, start workers: one must not get a signal before it knows what to do with it.
 
-    PyTorch raises it wherever the training process is when it hears of it.
+    PyTorch has the end of a worker raised wherever the training process then is, which may be in
+    the middle of writing a file. Without its handler `next` raises it, within five seconds.
     """
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPPING, signal.SIGCHLD})
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def none_lost() -> Iterator[None]:
+    """Inside, the end of a worker that nobody asked to end is `ProcessLost`."""
     try:
         yield
     except RuntimeError as error:
@@ -51,21 +66,14 @@ def none_lost() -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def _held_signals() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _obey(parent: int, worker: int) -> None:
     """In a worker: hear SIGTERM from the process `parent` alone, SIGINT from nobody."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigtimedwait"):  # macOS cannot say who sent a signal
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
+    else:  # macOS cannot say who sent a signal
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
