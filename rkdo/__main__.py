@@ -40,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = command.folder
         command.run()
     except UserError as error:
-        return _fail(f"error: {_last_line(error)}", 2, error.alone)
+        return _fail(f"error: {_one_line(error)}", 2, error.alone)
     except ModuleNotFoundError as error:
         missing = f"needs {error.name}, which is not installed"
         return _fail(f"error: {missing}: it comes with rkdo-kernels[train]", 2)
     except TrainingError as error:
-        return _fail(f"error: {error}", 1, error.alone)
+        return _fail(f"error: {_one_line(error)}", 1, error.alone)
     except OSError as error:
         return _fail(f"error: {error}", 2 if error.errno in FULL else 1)
     except Stopped as stopped:
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("stopped", 130)
     except MemoryError as error:
-        return _fail(f"error: not enough memory: {_last_line(error)}", 1, alone=True)
+        return _fail(f"error: not enough memory: {_one_line(error)}", 1, alone=True)
     except Exception as error:
         if _is_memory(error):
-            return _fail(f"error: not enough memory: {_last_line(error)}", 1, alone=True)
+            return _fail(f"error: not enough memory: {_one_line(error)}", 1, alone=True)
         return _fail(f"error: {describe(error, folder)}", 1, alone=True)
     return 0
 
@@ -88,8 +88,10 @@ def _train(config: TrainConfig, out: Path, resume: bool, overwrite: bool, wait: 
 def _evaluate(run: Path, protocol: str, data_dir: str | None, device: str) -> None:
     from rkdo.evaluate import evaluate_run
     from rkdo.report import table
+    from rkdo.workers import workers_watched
 
-    metrics, written = evaluate_run(run, protocol, data_dir=data_dir, device=device)
+    with workers_watched():
+        metrics, written = evaluate_run(run, protocol, data_dir=data_dir, device=device)
     print(table({protocol: metrics}))
     print(f"written: {written}")
 
@@ -218,10 +220,8 @@ def _settings_in(arguments: list[str]) -> set[str]:
     return {_setting(word) for word in arguments if word.startswith("--")}
 
 
-def _last_line(error: Exception) -> str:
-    """An error from a worker process carries its traceback; the last line says what happened."""
-    lines = str(error).strip().splitlines() or [""]
-    return re.sub(r"^[\w.]*UserError: ", "", lines[-1])
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _fail(message: str, code: int, alone: bool = False) -> int:

@@ -1,7 +1,7 @@
 """The settings of one training run."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -241,6 +241,12 @@ def check_resumable(old: TrainConfig, new: TrainConfig) -> None:
         )
 
 
+def shown(value: Any, as_text: Callable[[Any], str] = str) -> str:
+    """A value as an error shows it: on one line, and not all of it if it is long."""
+    text = " ".join(as_text(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def flag(name: str) -> str:
     """`batch_size` as it is spelled on the command line."""
     return "--" + name.replace("_", "-")
@@ -249,7 +255,7 @@ def flag(name: str) -> str:
 def _check(config: TrainConfig, name: str, wanted: str, holds: Any) -> None:
     value = getattr(config, name)
     if not holds(value):
-        raise UserError(f"{flag(name)} must be {wanted}, got {value}")
+        raise UserError(f"{flag(name)} must be {wanted}, got {shown(value)}")
 
 
 def _check_needed(config: TrainConfig, name: str, other: str, wanted: tuple[str, ...]) -> None:
@@ -265,9 +271,9 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     options = get_args(hint) or (hint,)
     if isinstance(options[0], str):  # a Literal
         if value not in options:
-            raise UserError(f"{flag(name)} must be one of {', '.join(options)}, got {value}")
+            raise UserError(f"{flag(name)} must be one of {', '.join(options)}, got {shown(value)}")
     elif float in options and type(value) is int:  # 1 is a fine 1.0
         return
     elif type(value) not in options:
         kinds = " or ".join(option.__name__ for option in options)
-        raise UserError(f"{flag(name)} must be {kinds}, got {value!r}")
+        raise UserError(f"{flag(name)} must be {kinds}, got {shown(value, repr)}")

@@ -93,6 +93,8 @@ class State:
             )
 
     def _take(self, saved: Mapping[str, Any]) -> None:
+        if not all(isinstance(saved[name], dict) for name in ("encoder", "optimizer", "rng")):
+            raise ValueError("other parts")
         counts = [saved[name] for name in ("step", "metrics_size", "images")]
         self.step, self.metrics_size, _ = counts
         self.evaluated = saved["evaluated"]
@@ -122,20 +124,18 @@ class State:
             for name in ADAM:
                 if type(group[name]) is not type(wanted[name]) or group[name] != wanted[name]:
                     raise ValueError(f"another {name}")
-        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not self.step:
-            if self.optimizer.state:
-                raise ValueError("moments before the first step")
-            return
-        for parameter in parameters:
-            held = self.optimizer.state[parameter]
-            moments = {"exp_avg": parameter, "exp_avg_sq": parameter}
-            _require_like(held, {**moments, "step": torch.tensor(0.0)})
+        held = saved["state"]
+        if held.keys() != (set(range(len(parameters))) if self.step else set()):
+            raise ValueError("moments of other steps or parameters")
+        for number, moments in held.items():
+            like = {"exp_avg": parameters[number], "exp_avg_sq": parameters[number]}
+            _require_like(moments, {**like, "step": torch.tensor(0.0)})
+        self.optimizer.load_state_dict({"state": held, "param_groups": own})
 
 
 def _require_like(found: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> None:
-    if found.keys() != wanted.keys():
+    if not isinstance(found, Mapping) or found.keys() != wanted.keys():
         raise ValueError("other tensors")
     for name, tensor in wanted.items():
         if found[name].shape != tensor.shape or found[name].dtype != tensor.dtype:

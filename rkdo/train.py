@@ -25,7 +25,7 @@ from rkdo.record import Run
 from rkdo.report import draw_curves
 from rkdo.schedule import alpha_at, levelled_off, scheduled_at, temperature_at
 from rkdo.state import State
-from rkdo.workers import none_lost
+from rkdo.workers import workers_watched
 
 
 def train(
@@ -53,7 +53,7 @@ def train(
     run = Run(Path(out))
     cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     try:
-        with listening() as stop, joined_ranks(config.device) as ranks, cudnn, none_lost():
+        with listening() as stop, joined_ranks(config.device) as ranks, cudnn, workers_watched():
             ranks.on_first(lambda: _claim(run, config, resume, overwrite, wait))
             data = _load_on_all(config, ranks)
             images = len(data.train.labels)

@@ -7,15 +7,18 @@ multiprocessing sends when Python exits, must; and so must the training process'
 
 import functools
 import os
+import re
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from rkdo.errors import ProcessLost
+from rkdo.errors import ProcessLost, UserError
 
 STOPPING = {signal.SIGINT, signal.SIGTERM}
 POLL = 0.5  # seconds until a worker notices that the training process is gone
@@ -52,16 +55,31 @@ def _quietly() -> Iterator[None]:
 
 
 @contextmanager
-def none_lost() -> Iterator[None]:
-    """Inside, the end of a worker that nobody asked to end is `ProcessLost`."""
+def workers_watched() -> Iterator[None]:
+    """Inside, what happened to or in a worker is one line: PyTorch hands on whole tracebacks.
+
+    Raises:
+        ProcessLost: nobody asked it to end.
+        UserError: it raised one, or had no shared memory for what it prepared.
+    """
     try:
         yield
+    except UserError as error:
+        if str(error).startswith("Caught "):
+            last = str(error).strip().splitlines()[-1]
+            error.args = (re.sub(r"^[\w.]*UserError: ", "", last),)
+        raise
     except RuntimeError as error:
-        said = " ".join(str(error).split())
-        if "DataLoader worker" not in said:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if re.search(r"unable to .*</torch_", str(error)):
+            raise UserError(
+                "--workers needs more shared memory (/dev/shm) than there is: give the machine or "
+                f"container more, or pass fewer workers ({lines[-1]})"
+            ) from error
+        if not re.search("DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)):
             raise
         raise ProcessLost(
-            f"a process that prepares images has ended (out of memory?): {said}; "
+            f"a process that prepares images has ended (out of memory?): {lines[0]}; "
             "rkdo train --resume goes on"
         ) from error
 
@@ -75,6 +93,7 @@ def _obey(parent: int, worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    sys.excepthook = functools.partial(_report, parent)
 
 
 def _watch(parent: int) -> None:
@@ -89,3 +108,10 @@ def _watch(parent: int) -> None:
         if received is not None and received.si_pid == parent:
             break
     os._exit(0)
+
+
+def _report(parent: int, *error: Any) -> None:
+    """Print an error, if it is not that the parent was killed while it was being served."""
+    time.sleep(POLL)
+    if os.getppid() == parent:
+        sys.__excepthook__(*error)
