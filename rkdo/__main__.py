@@ -81,7 +81,8 @@ def _train(config: TrainConfig, out: Path, resume: bool, overwrite: bool, wait: 
 
     metrics = evaluations(train(config, out, resume=resume, overwrite=overwrite, wait=wait))
     if _speaks():
-        print(table({"before": metrics[0], "after": metrics[-1]}))
+        if metrics:  # whoever edits metrics.jsonl may have taken them out
+            print(table({"before": metrics[0], "after": metrics[-1]}))
         print(f"curves: {Run(out).curves}")
 
 

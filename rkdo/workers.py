@@ -69,6 +69,10 @@ def workers_watched() -> Iterator[None]:
             last = str(error).strip().splitlines()[-1]
             error.args = (re.sub(r"^[\w.]*UserError: ", "", last),)
         raise
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        if getattr(error, "filename", None) is not None:  # a file of images
+            raise
+        raise _lost(f"it was cut off ({error})") from error
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if re.search(r"unable to .*</torch_", str(error)):
@@ -78,10 +82,14 @@ def workers_watched() -> Iterator[None]:
             ) from error
         if not re.search("DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)):
             raise
-        raise ProcessLost(
-            f"a process that prepares images has ended (out of memory?): {lines[0]}; "
-            "rkdo train --resume goes on"
-        ) from error
+        raise _lost(lines[0]) from error
+
+
+def _lost(said: str) -> ProcessLost:
+    return ProcessLost(
+        f"a process that prepares images has ended (out of memory?): {said}; "
+        "rkdo train --resume goes on"
+    )
 
 
 def _obey(parent: int, worker: int) -> None:
