@@ -12,6 +12,7 @@ imported everything already and does what torchrun does for the ranks. Linux onl
 
 import argparse
 import atexit
+import contextlib
 import faulthandler
 import os
 import random
@@ -91,12 +92,12 @@ class Started:
                 told = True
                 for pid, is_rank in left:
                     if is_rank:
-                        os.kill(pid, signal.SIGTERM)
+                        self.send(pid, signal.SIGTERM)
             if time.monotonic() > until:
                 for number in (signal.SIGUSR1, signal.SIGKILL):  # where are they?
                     for pid, is_rank in left:
                         if is_rank or number == signal.SIGKILL:
-                            os.kill(pid, number)
+                            self.send(pid, number)
                     time.sleep(1)
                 raise AssertionError(f"{left} had not ended:\n{self.log.read_text()}")
             time.sleep(0.01)
@@ -105,6 +106,10 @@ class Started:
         assert "Traceback" not in said, said
         assert "itself failed" not in said, said
         return codes
+
+    def send(self, pid, number):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, number)
 
     def _failed(self):
         for pid in self.ranks:
@@ -174,7 +179,7 @@ class Trial:
         victims = [pid for pid, rank in alive if rank is is_rank] or [pid for pid, _ in alive]
         victim = self.random.choice(victims) if victims else None
         if victim is not None:
-            os.kill(victim, signal.SIGKILL)
+            running.send(victim, signal.SIGKILL)
         codes = running.codes(self.random.choice((0, LIMIT / 2)))
         stopped = {-signal.SIGTERM, 128 + signal.SIGTERM}  # told to by torchrun
         assert set(codes) <= {0, 1, -signal.SIGKILL, *stopped}, (codes, running.log.read_text())
