@@ -86,7 +86,7 @@ def test_an_unreadable_image_ends_every_process_and_is_said_once(ranks, images, 
     said = [line for line in err.splitlines() if str(victim) in line]
     assert len(said) == 1, err
     assert re.search(r"rkdo: error: (rank 1: )?\S+ is not a readable image: [^:]*$", said[0])
-    assert not re.search("^Traceback", err, re.M), err
+    assert not re.search(r'File ".*/rkdo/\w+\.py"', err), err  # torchrun shows one of its own
 
 
 def test_a_run_whose_torchrun_is_killed_is_saved_and_ends(images, tmp_path):
