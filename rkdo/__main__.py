@@ -126,7 +126,8 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
                 stop-slope, stop-window, evaluate-every, checkpoint-every, workers, device,
                 data-dir and download may be given anew.
             overwrite: Replace the run in OUT.
-            wait: While another process trains into OUT, wait until it has ended.
+            wait: While another process trains into OUT, wait until it has ended, as a requeued
+                job should. (On NFS, processes of other hosts are only seen if its locks work.)
         """
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other")
