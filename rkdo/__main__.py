@@ -1,4 +1,4 @@
-"""The command line: `rkdo train`, `rkdo evaluate` and `rkdo field`."""
+"""The command line: `rkdo train`, `rkdo evaluate`, `rkdo field` and `rkdo check-data`."""
 
 import contextlib
 import difflib
@@ -83,18 +83,36 @@ def _train(config: TrainConfig, out: Path, resume: bool, overwrite: bool, wait: 
     if _speaks():
         if metrics:  # whoever edits metrics.jsonl may have taken them out
             print(table({"before": metrics[0], "after": metrics[-1]}))
+        else:
+            print("not evaluated: the images have no labels (--evaluate-dir names some that have)")
         print(f"curves: {Run(out).curves}")
 
 
-def _evaluate(run: Path, protocol: str, data_dir: str | None, device: str) -> None:
+def _evaluate(
+    run: Path, protocol: str, data_dir: str | None, evaluate_dir: str | None, device: str
+) -> None:
     from rkdo.evaluate import evaluate_run
     from rkdo.report import table
     from rkdo.workers import workers_watched
 
     with workers_watched():
-        metrics, written = evaluate_run(run, protocol, data_dir=data_dir, device=device)
+        metrics, written = evaluate_run(
+            run, protocol, data_dir=data_dir, evaluate_dir=evaluate_dir, device=device
+        )
     print(table({protocol: metrics}))
     print(f"written: {written}")
+
+
+def _check_data(folder: Path) -> None:
+    from rkdo.images import find_images, unreadable
+
+    paths = find_images(folder)
+    faults = unreadable(paths)
+    for path, why in faults.items():
+        print(path, why)
+    if faults:
+        raise UserError(f"{len(faults)} of {len(paths)} images below {folder} cannot be used")
+    print(f"all {len(paths)} images can be used")
 
 
 def _field(run: Path, out: Path | None, classes: int, images: int, data_dir: str | None) -> None:
@@ -142,6 +160,7 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
         run: tyro.conf.Positional[Path],
         protocol: Literal["standard", "paper"] = "standard",
         data_dir: str | None = None,
+        evaluate_dir: str | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> Command:
         """Evaluate the encoder of a run, and write the metrics into its folder.
@@ -151,9 +170,10 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
             protocol: standard: the backbone's features, learned on the training images, judged on
                 the test images. paper: the embeddings of 11 test batches alone.
             data_dir: Where the images are. None: where they were.
+            evaluate_dir: Where labelled images are, if those of the run have no labels.
             device: Where to compute. auto: a GPU if there is one.
         """
-        return Command(run, lambda: _evaluate(run, protocol, data_dir, device))
+        return Command(run, lambda: _evaluate(run, protocol, data_dir, evaluate_dir, device))
 
     def field(
         run: tyro.conf.Positional[Path],
@@ -176,7 +196,17 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
                 raise UserError(f"--{name} must be at least 1, got {value}")
         return Command(run, lambda: _field(run, out, classes, images, data_dir))
 
-    commands: dict[str, Any] = {"train": train, "evaluate": evaluate, "field": field}
+    def check_data(folder: tyro.conf.Positional[Path]) -> Command:
+        """Look at every image below a folder, and list those that training could not use.
+
+        Args:
+            folder: Images, in folders or not; labelled or not.
+        """
+        return Command(folder, lambda: _check_data(folder))
+
+    commands: dict[str, Any] = {
+        "train": train, "evaluate": evaluate, "field": field, "check-data": check_data,
+    }  # fmt: skip
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

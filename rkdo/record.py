@@ -1,6 +1,7 @@
 """The run folder: what is in it, and how it is written so that no moment leaves it broken.
 
 config.json            settings, versions, commit; what makes a folder a run
+skipped.json           unreadable images that it does without, if there are any
 metrics.jsonl          a line per step and per evaluation
 checkpoint.pt          everything needed to go on
 curves.png             loss and metrics over the steps
@@ -17,6 +18,7 @@ import platform
 import struct
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,9 @@ import safetensors.torch
 from torch import Tensor
 
 from rkdo import checkpoint, unexpected
+from rkdo.augment import VIEWS
 from rkdo.config import TrainConfig
+from rkdo.data import Skipped
 from rkdo.errors import UserError
 from rkdo.files import parse_json, partial_of, require_room, write_atomically, write_json, writing
 from rkdo.lock import NAME as LOCK
@@ -34,6 +38,7 @@ from rkdo.lock import FolderLock
 PACKAGES = ("rkdo-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn")
 OURS = (  # in the order in which --overwrite removes them
     "checkpoint.pt",
+    "skipped.json",
     "metrics.jsonl",
     "curves.png",
     "field.png",
@@ -51,6 +56,7 @@ class Run:
         self.folder = folder
         self.checkpoint = folder / "checkpoint.pt"
         self.metrics = folder / "metrics.jsonl"
+        self.skipped = folder / "skipped.json"
         self.curves = folder / "curves.png"
         self.field = folder / "field.png"
         self.encoder = folder / "encoder.safetensors"
@@ -84,7 +90,14 @@ class Run:
                 "to write into it"
             )
 
-    def create(self, config: TrainConfig, *, overwrite: bool = False, wait: bool = False) -> None:
+    def create(
+        self,
+        config: TrainConfig,
+        skipped: Skipped = Skipped(),  # noqa: B008
+        *,
+        overwrite: bool = False,
+        wait: bool = False,
+    ) -> None:
         """Begin a new run: from here on the folder can be resumed."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +107,9 @@ class Run:
             for name in OURS:
                 (self.folder / name).unlink(missing_ok=True)
         self.remove_partial()
+        if skipped != Skipped():
+            with writing(self.skipped):
+                write_json(self.skipped, asdict(skipped))
         self.write_config(config)
 
     def remove_partial(self) -> None:
@@ -109,12 +125,18 @@ class Run:
         require_room(self.folder, size, freed)
 
     def write_config(self, config: TrainConfig) -> None:
-        values = {"config": config.to_dict(), "versions": versions(), "commit": commit()}
+        values = {
+            "config": config.to_dict(), "views": VIEWS, "versions": versions(), "commit": commit(),
+        }  # fmt: skip
         path = self.folder / "config.json"
         with writing(path):
             write_json(path, values)
 
     def read_config(self) -> TrainConfig:
+        config = self._read_record().get("config")
+        return TrainConfig.from_dict(config, str(self.folder / "config.json"))
+
+    def _read_record(self) -> dict[str, Any]:
         path = self.folder / "config.json"
         try:
             text = path.read_bytes()
@@ -123,8 +145,36 @@ class Run:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         values = parse_json(text, path)
-        config = values.get("config") if isinstance(values, dict) else None
-        return TrainConfig.from_dict(config, str(path))
+        return values if isinstance(values, dict) else {}
+
+    def check_views(self) -> None:
+        """That this rkdo draws the random views that the run began with."""
+        if self._read_record().get("views") != VIEWS:
+            raise UserError(
+                f"{self.folder} began with the random views of another version of rkdo: resume it "
+                "with that one, or start another run"
+            )
+
+    def read_skipped(self) -> Skipped:
+        """The images that the run does without.
+
+        Raises:
+            UserError: the file that says so is not what `create` writes.
+        """
+        try:
+            values = parse_json(self.skipped.read_bytes(), self.skipped)
+        except FileNotFoundError:
+            return Skipped()
+        except OSError as error:
+            raise UserError(f"{self.skipped} cannot be read: {error.strerror}") from error
+        names = set(asdict(Skipped()))
+        if not (
+            isinstance(values, dict)
+            and set(values) == names
+            and all(isinstance(x, list) and all(type(y) is str for y in x) for x in values.values())
+        ):
+            raise UserError(f"{self.skipped} must hold lists {' and '.join(sorted(names))}")
+        return Skipped(**{name: tuple(listed) for name, listed in values.items()})
 
     def open_metrics(self, size: int) -> None:
         """Go on writing metrics after the first `size` bytes, which the checkpoint vouches for.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from rkdo.batches import Batches, training_loader
 from rkdo.batchnorm import synchronise_batch_norm
 from rkdo.config import TrainConfig, check_resumable
-from rkdo.data import Batches, Data, load_data, training_loader
+from rkdo.data import Data, Skipped, TrainingData, find_unreadable, load_training
 from rkdo.encoder import build_encoder
 from rkdo.errors import Stopped, TrainingError, UserError
 from rkdo.evaluate import evaluate
@@ -55,34 +56,36 @@ def train(
     try:
         with listening() as stop, joined_ranks(config.device) as ranks, cudnn, workers_watched():
             ranks.on_first(lambda: _claim(run, config, resume, overwrite, wait))
-            data = _load_on_all(config, ranks)
-            images = len(data.train.labels)
+            skipped = ranks.on_first(lambda: _unreadable(run, config, resume))
+            data = _load_on_all(config, skipped, ranks)
+            images = len(data.images)
             steps_per_epoch = ranks.together(lambda: _steps_per_epoch(config, images, ranks.size))
             torch.manual_seed(config.seed)
             state = ranks.together(lambda: _build(config, data, ranks))
             with stop.deferred():
                 if resume:
                     ranks.together(lambda: _restore(run, config, state, steps_per_epoch))
-                ranks.on_first(lambda: _begin(run, config, state, resume, overwrite, wait))
+                ranks.on_first(lambda: _begin(run, config, state, skipped, resume, overwrite, wait))
                 _train(config, run, state, data, steps_per_epoch, ranks, stop)
             return run.read_metrics()
     finally:
         run.close()
 
 
-def _build(config: TrainConfig, data: Data, ranks: Ranks) -> State:
+def _build(config: TrainConfig, data: TrainingData, ranks: Ranks) -> State:
     encoder = build_encoder(config).to(ranks.device, getattr(torch, config.dtype))
     adam = torch.optim.Adam(encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    labels = data.train.labels
-    field = None if config.recursion == "batch" else TrainingField(config, labels, ranks)
-    return State(encoder, adam, field, images=len(labels))
+    n, field = len(data.images), None
+    if config.recursion != "batch":
+        field = TrainingField(config, n, data.labels, ranks)
+    return State(encoder, adam, field, images=n)
 
 
 def _train(
     config: TrainConfig,
     run: Run,
     state: State,
-    data: Data,
+    data: TrainingData,
     steps_per_epoch: int,
     ranks: Ranks,
     stop: StopRequest,
@@ -94,7 +97,7 @@ def _train(
     objective = build_objective(config, state.field)
     n_steps = config.epochs * steps_per_epoch
     batches = Batches(
-        n_images=len(data.train.labels),
+        n_images=len(data.images),
         batch_size=config.batch_size,
         steps_per_epoch=steps_per_epoch,
         epochs=config.epochs,
@@ -103,15 +106,16 @@ def _train(
         rank=ranks.rank,
         n_ranks=ranks.size,
     )
-    loader = iter(training_loader(data.train, config, batches))
+    loader = iter(training_loader(data.images, config, batches, ranks.device))
     progress = tqdm(
         total=n_steps, initial=state.step, unit="step", disable=not ranks.first, leave=True
     )
     with progress:
         while True:
             ended = state.step == n_steps or levelled_off(config, state.losses)
-            if ranks.first and _evaluation_due(config, state, steps_per_epoch, ended):
-                _evaluate(config, run, state, data, steps_per_epoch, stop, progress)
+            due = ranks.first and _evaluation_due(config, state, steps_per_epoch, ended)
+            if due and data.judged is not None:
+                _evaluate(config, run, state, data.judged, steps_per_epoch, stop, progress)
             _stop_if_asked(run, config, state, ranks, stop)
             if ended:
                 if ranks.first and state.step < n_steps:
@@ -121,7 +125,8 @@ def _train(
             started = time.perf_counter()
             first, second, index = next(loader)
             views = torch.cat([first, second]).to(ranks.device, state.dtype)
-            queries, keys = encoder(views).chunk(2)
+            with torch.autocast(ranks.device.type, torch.bfloat16, config.precision == "bf16"):
+                queries, keys = encoder(views).chunk(2)
             done = state.step / n_steps
             loss: Tensor = objective(queries, keys, index.to(ranks.device), done)
             loss.backward()
@@ -180,12 +185,18 @@ def _claim(run: Run, config: TrainConfig, resume: bool, overwrite: bool, wait: b
     run.claim(wait)
     if resume:
         check_resumable(run.read_config(), config)
+        run.check_views()
 
 
-def _load_on_all(config: TrainConfig, ranks: Ranks) -> Data:
-    loaded: list[Data] = []
-    ranks.on_first(lambda: loaded.append(load_data(config)))  # it alone downloads
-    return ranks.together(lambda: loaded[0] if loaded else load_data(config))
+def _unreadable(run: Run, config: TrainConfig, resume: bool) -> Skipped:
+    """What the run does without: found out before it begins, and the same to its end."""
+    return run.read_skipped() if resume else find_unreadable(config)
+
+
+def _load_on_all(config: TrainConfig, skipped: Skipped, ranks: Ranks) -> TrainingData:
+    loaded: list[TrainingData] = []
+    ranks.on_first(lambda: loaded.append(load_training(config, skipped)))  # it alone downloads
+    return ranks.together(lambda: loaded[0] if loaded else load_training(config, skipped))
 
 
 def _steps_per_epoch(config: TrainConfig, n_images: int, n_ranks: int) -> int:
@@ -208,16 +219,30 @@ def _steps_per_epoch(config: TrainConfig, n_images: int, n_ranks: int) -> int:
 
 
 def _begin(
-    run: Run, config: TrainConfig, state: State, resume: bool, overwrite: bool, wait: bool
+    run: Run,
+    config: TrainConfig,
+    state: State,
+    skipped: Skipped,
+    resume: bool,
+    overwrite: bool,
+    wait: bool,
 ) -> None:
     if resume:
         run.remove_partial()
     run.require_room(state.size(), overwrite)
     if not resume:
-        run.create(config, overwrite=overwrite, wait=wait)
+        run.create(config, skipped, overwrite=overwrite, wait=wait)
+        _tell(run, skipped)
     elif run.read_config() != config:
         run.write_config(config)
     run.open_metrics(state.metrics_size)
+
+
+def _tell(run: Run, skipped: Skipped) -> None:
+    """What might surprise: files that are left out, and that nothing will be evaluated."""
+    count = len(skipped.data_dir) + len(skipped.evaluate_dir)
+    if count:
+        print(f"rkdo: {count} unreadable images are left out: {run.skipped}", file=sys.stderr)
 
 
 def _restore(run: Run, config: TrainConfig, state: State, steps_per_epoch: int) -> None:

@@ -35,7 +35,7 @@ from runs import METRICS, assert_same, metrics_of, quicken, state_of, write_digi
 
 import rkdo.train
 from rkdo.__main__ import main as rkdo_main
-from rkdo.data import evaluation_loader
+from rkdo.batches import evaluation_loader
 from rkdo.record import Run
 
 LIMIT = 20.0  # seconds in which everything must have ended
@@ -266,7 +266,7 @@ def main():
     torch.set_num_threads(1)
     quicken(pytest.MonkeyPatch())
     rkdo.train.evaluate = lambda encoder, data, config: (  # and its workers may be killed
-        len(list(evaluation_loader(data.test, config))) and dict(METRICS)
+        len(list(evaluation_loader(data.test, config, torch.device("cpu")))) and dict(METRICS)
     )
     scratch = Path(tempfile.mkdtemp(prefix="rkdo-kills-"))
     small = None
