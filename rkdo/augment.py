@@ -111,7 +111,7 @@ def _hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def _grey(x: Tensor) -> Tensor:  # [views, 1, H, W]
-    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
 def _mean_grey(x: Tensor) -> Tensor:  # [views, 1, 1, 1]

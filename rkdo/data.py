@@ -156,19 +156,27 @@ def find_unreadable(config: TrainConfig) -> Skipped:
     """
     if config.dataset != "folder":
         return Skipped()
-    found = []
-    for name, folder in (("--data-dir", config.data_dir), ("--evaluate-dir", config.evaluate_dir)):
-        paths = find_images(Path(folder)) if folder else []
-        faults = unreadable(paths)
+    data, found = load_training(config), []
+    judged = _paths(data.judged.train, data.judged.test) if data.judged else []
+    own = _paths(data.images) + ([] if config.evaluate_dir else judged)
+    for name, folder, paths in (
+        ("--data-dir", config.data_dir, own),
+        ("--evaluate-dir", config.evaluate_dir, judged if config.evaluate_dir else []),
+    ):
+        faults = unreadable(list(dict.fromkeys(paths)))
         if faults and not config.skip_unreadable:
             named = "; ".join(f"{path} {why}" for path, why in list(faults.items())[:NAMED])
             more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
             raise UserError(
-                f"{name}: {len(faults)} of {len(paths)} images cannot be used: {named}{more} "
+                f"{name}: {len(faults)} of {len(set(paths))} images cannot be used: {named}{more} "
                 f"(--skip-unreadable goes on without them, rkdo check-data {folder} lists them)"
             )
         found.append(tuple(path.relative_to(folder).as_posix() for path in faults if folder))
     return Skipped(*found)
+
+
+def _paths(*images: Images) -> list[Path]:
+    return [path for some in images if isinstance(some, FileImages) for path in some.paths]
 
 
 def is_labelled(root: Path) -> bool:

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -88,6 +88,8 @@ def _decode(path: Path, small: bool = False) -> Image.Image:
         raise
     except Exception as error:  # whatever a damaged file makes Pillow's readers stumble over
         said = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # whose words are about a Python object
+            said = "its first bytes are of no known format"
         raise UserError(f"{path} is not a readable image: {said}") from error
 
 

@@ -12,9 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision import datasets
 
 from rkdo.augment import augmentation
-from rkdo.batches import Batches, PlainViews, TwoViews, plain_view, training_loader
+from rkdo.batches import Batches, PlainViews, TwoViews, loading, plain_view, training_loader
 from rkdo.config import TrainConfig
-from rkdo.data import TensorImages, load_data
+from rkdo.data import Skipped, TensorImages, find_unreadable, load_data, load_training
 from rkdo.errors import UserError
 
 CPU = torch.device("cpu")
@@ -224,6 +224,106 @@ def test_missing_images_are_one_line(dataset, tmp_path):
     with pytest.raises(UserError, match="--data-dir") as caught:
         load_data(TrainConfig(dataset=dataset, data_dir=str(tmp_path / "nowhere")))
     assert "\n" not in str(caught.value)
+
+
+# --- folders without labels, and with unreadable files --------------------------------------------
+
+
+def folder_config(root, **settings):
+    return TrainConfig(dataset="folder", data_dir=str(root), image_size=16, **settings)
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    root = tmp_path / "any"
+    for i, name in enumerate(["1.png", "deep/er/2.png", "deep/3.jpg", "z/4.png"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (9 * i, 9 * i, 9 * i)).save(root / name, quality=100)
+    return root
+
+
+def test_a_folder_without_labels_is_all_its_images(unlabelled):
+    data = load_training(folder_config(unlabelled))
+    assert (len(data.images), data.labels, data.judged) == (4, None, None)
+    assert [int(data.images[i].max()) for i in range(4)] == [0, 18, 9, 27]
+    with pytest.raises(UserError, match=r"has no labels .* --evaluate-dir names a folder that has"):
+        load_data(folder_config(unlabelled))
+
+
+def test_what_has_no_labels_may_be_evaluated_elsewhere(unlabelled, folder):
+    data = load_training(folder_config(unlabelled, evaluate_dir=str(folder)))
+    assert (len(data.images), data.labels) == (4, None)
+    assert (len(data.judged.train), len(data.judged.test), data.judged.classes) == (12, 12, 2)
+    with pytest.raises(UserError, match="--evaluate-dir must hold the folders train and test"):
+        load_training(folder_config(unlabelled, evaluate_dir=str(unlabelled)))
+
+
+def test_what_has_labels_may_be_evaluated_elsewhere_too(folder, tmp_path):
+    other = tmp_path / "other"
+    for part in ("train", "test"):
+        (other / part).mkdir(parents=True)
+        (folder / part / "cat").rename(other / part / "lynx")
+        (folder / part / "dog").rename(other / part / "wolf")
+        for kind in ("cat", "dog"):
+            (folder / part / kind).mkdir()
+            Image.new("L", (16, 16)).save(folder / part / kind / "0.png")
+    data = load_training(folder_config(folder, evaluate_dir=str(other)))
+    assert data.labels.tolist() == [0, 1]  # though two are too few to evaluate on
+    assert len(data.judged.test) == 12
+
+
+def test_flat_folders_train_and_test_say_what_is_missing(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        Image.new("L", (16, 16)).save(tmp_path / part / "0.png")
+    with pytest.raises(UserError, match=r"images without labels: --data-dir .*/train\)"):
+        load_training(folder_config(tmp_path))
+
+
+def test_unreadable_files_are_found_before_anything_is_trained(unlabelled, folder):
+    assert find_unreadable(TrainConfig()) == Skipped()
+    assert find_unreadable(folder_config(unlabelled)) == Skipped()
+    (unlabelled / "deep" / "bad.png").write_bytes(b"no image")
+    (folder / "test" / "cat" / "0.png").write_bytes(b"no image")
+    settings = {"evaluate_dir": str(folder)}
+    with pytest.raises(UserError, match=r"^--data-dir: 1 of 5 images .*deep/bad\.png is not a re"):
+        find_unreadable(folder_config(unlabelled, **settings))
+    (unlabelled / "deep" / "bad.png").unlink()
+    with pytest.raises(UserError, match=r"^--evaluate-dir: 1 of 24 images cannot .*cat/0\.png is"):
+        find_unreadable(folder_config(unlabelled, **settings))
+
+
+def test_an_error_names_the_first_of_many_unreadable_files(tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"9 of 9 .*/4\.png is .*; and 4 more \(--skip-unreadable"):
+        find_unreadable(folder_config(tmp_path))
+
+
+def test_what_is_skipped_is_left_out_wherever_it_is(unlabelled, folder):
+    (unlabelled / "deep" / "bad.png").write_bytes(b"no image")
+    (folder / "train" / "dog" / "3.png").write_bytes(b"no image")
+    config = folder_config(unlabelled, evaluate_dir=str(folder), skip_unreadable=True)
+    skipped = find_unreadable(config)
+    assert skipped == Skipped(("deep/bad.png",), ("train/dog/3.png",))
+    data = load_training(config, skipped)
+    assert len(data.images) == 4
+    assert data.judged.train.labels.tolist() == [0] * 6 + [1] * 5
+    for images in (data.images, data.judged.train):
+        assert all(images[i].shape[0] == 3 for i in range(len(images)))
+
+
+def test_beside_a_gpu_processes_prepare_images_unless_told_otherwise(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert loading(TrainConfig(), CPU) == {"num_workers": 0, "pin_memory": False}
+    assert loading(TrainConfig(), gpu) == {"num_workers": 6, "pin_memory": True}
+    assert loading(TrainConfig(workers=1), gpu) == {"num_workers": 1, "pin_memory": True}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert loading(TrainConfig(), gpu)["num_workers"] == 3
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert loading(TrainConfig(), gpu)["num_workers"] == 8
 
 
 # --- views ----------------------------------------------------------------------------------------
