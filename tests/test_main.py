@@ -29,7 +29,7 @@ from rkdo.record import Run
         ("train --out FILE", "must be a folder, FILE is a file"),
         ("train --out FILE/run", "FILE/run cannot be written: Not a directory"),
         ("train --out OUT --dataset cifar10 --data-dir HERE", "HERE holds no intact cifar10"),
-        ("train --out OUT --dataset folder --data-dir HERE", "no HERE/train"),
+        ("train --out OUT --dataset folder --data-dir HERE", "there are none below HERE"),
         ("evaluate", "PATH"),
         ("evaluate OUT", "OUT holds no run"),
         ("evaluate OUT --protocol mine", "--protocol"),
