@@ -79,8 +79,9 @@ def test_an_unreadable_image_ends_every_process_and_is_said_once(ranks, images, 
     broken = tmp_path / "data"
     subprocess.run(["cp", "-r", str(images), str(broken)], check=True)
     victim = sorted((broken / "train").rglob("*.png"))[5]
-    victim.write_bytes(victim.read_bytes()[:80])
     process = start(tmp_path / "run", broken, ranks)
+    until_training(process, tmp_path / "run")
+    victim.write_bytes(victim.read_bytes()[:80])  # it was whole when the run began
     _, err = assert_all_end(process, 60)
     assert process.returncode == (2 if ranks == 1 else 1), err  # torchrun's is 1, whatever ours
     said = [line for line in err.splitlines() if str(victim) in line]
@@ -115,14 +116,14 @@ def test_kills_and_full_disks():
     """A few of what CONTRIBUTING's long command does hundreds of times."""
     done = subprocess.run(
         [
-            sys.executable, str(ROOT / "tests" / "kills.py"), "--kills", "4", "--processes", "2",
-            "--workers", "1", "--disk-full", "2",
+            sys.executable, str(ROOT / "tests" / "kills.py"), "--kills", "3", "--processes", "2",
+            "--workers", "1", "--disk-full", "1",
         ],
         env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 kills in" in done.stdout
-    assert "2 full disks" in done.stdout
+    assert "3 kills in" in done.stdout
+    assert "1 full disks" in done.stdout
 
 
 # --- what a worker's end is called ----------------------------------------------------------------
