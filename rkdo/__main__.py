@@ -1,54 +1,118 @@
-"""The command line: `rkdo train`, `rkdo evaluate` and `rkdo field`."""
+"""The command line: `rkdo train`, `rkdo evaluate`, `rkdo field` and `rkdo check-data`."""
 
 import contextlib
+import difflib
+import errno
+import inspect
 import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from rkdo.config import TrainConfig
+from rkdo.config import TrainConfig, flag
 from rkdo.errors import Stopped, TrainingError, UserError
+from rkdo.unexpected import describe
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the arguments ask for, ready to be called, and the run's folder that it is about."""
+
+    folder: Path
+    run: Callable[[], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0, or what went wrong: 1 training, 2 a setting or file, 128 + signal."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    folder: Path | None = None
     try:
-        _parse(list(sys.argv[1:] if arguments is None else arguments))()
+        if given == ["--version"]:
+            print(_version())
+            return 0
+        command = _parse(given)
+        folder = command.folder
+        command.run()
     except UserError as error:
-        return _fail(f"error: {_last_line(error)}", 2)
+        return _fail(f"error: {_one_line(error)}", 2, error.alone)
     except ModuleNotFoundError as error:
         missing = f"needs {error.name}, which is not installed"
         return _fail(f"error: {missing}: it comes with rkdo-kernels[train]", 2)
-    except (TrainingError, OSError) as error:
-        return _fail(f"error: {error}", 1)
+    except TrainingError as error:
+        return _fail(f"error: {_one_line(error)}", 1, error.alone)
+    except OSError as error:
+        return _fail(f"error: {error}", 2 if error.errno in FULL else 1)
     except Stopped as stopped:
         return _fail(str(stopped), 128 + stopped.signum)
     except KeyboardInterrupt:
         return _fail("stopped", 130)
+    except MemoryError as error:
+        return _fail(f"error: not enough memory: {_one_line(error)}", 1, alone=True)
+    except Exception as error:
+        if _is_memory(error):
+            return _fail(f"error: not enough memory: {_one_line(error)}", 1, alone=True)
+        return _fail(f"error: {describe(error, folder)}", 1, alone=True)
     return 0
 
 
-def _train(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
+def _is_memory(error: Exception) -> bool:
+    """Whether PyTorch was refused memory, which it says by a RuntimeError."""
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+    )
+
+
+def _version() -> str:
+    import rkdo_kernels
+
+    return f"rkdo {rkdo_kernels.__version__}"
+
+
+def _train(config: TrainConfig, out: Path, resume: bool, overwrite: bool, wait: bool) -> None:
     from rkdo.record import Run
     from rkdo.report import evaluations, table
     from rkdo.train import train
 
-    metrics = evaluations(train(config, out, resume=resume, overwrite=overwrite))
+    metrics = evaluations(train(config, out, resume=resume, overwrite=overwrite, wait=wait))
     if _speaks():
-        print(table({"before": metrics[0], "after": metrics[-1]}))
+        if metrics:  # whoever edits metrics.jsonl may have taken them out
+            print(table({"before": metrics[0], "after": metrics[-1]}))
+        else:
+            print("not evaluated: the images have no labels (--evaluate-dir names some that have)")
         print(f"curves: {Run(out).curves}")
 
 
-def _evaluate(run: Path, protocol: str, data_dir: str | None, device: str) -> None:
+def _evaluate(
+    run: Path, protocol: str, data_dir: str | None, evaluate_dir: str | None, device: str
+) -> None:
     from rkdo.evaluate import evaluate_run
     from rkdo.report import table
+    from rkdo.workers import workers_watched
 
-    metrics, written = evaluate_run(run, protocol, data_dir=data_dir, device=device)
+    with workers_watched():
+        metrics, written = evaluate_run(
+            run, protocol, data_dir=data_dir, evaluate_dir=evaluate_dir, device=device
+        )
     print(table({protocol: metrics}))
     print(f"written: {written}")
+
+
+def _check_data(folder: Path) -> None:
+    from rkdo.images import find_images, unreadable
+
+    paths = find_images(folder)
+    faults = unreadable(paths)
+    for path, why in faults.items():
+        print(path, why)
+    if faults:
+        raise UserError(f"{len(faults)} of {len(paths)} images below {folder} cannot be used")
+    print(f"all {len(paths)} images can be used")
 
 
 def _field(run: Path, out: Path | None, classes: int, images: int, data_dir: str | None) -> None:
@@ -58,7 +122,7 @@ def _field(run: Path, out: Path | None, classes: int, images: int, data_dir: str
     print(f"written: {path}")
 
 
-def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Callable[[], None]:
+def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Command:
     """What `arguments` ask for, ready to be called.
 
     To resume, they are read once more on top of the settings of the run, `run_config`.
@@ -70,7 +134,8 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
         config: tyro.conf.OmitArgPrefixes[TrainConfig] = run_config or TrainConfig(),  # noqa: B008
         resume: bool = False,
         overwrite: bool = False,
-    ) -> Callable[[], None]:
+        wait: bool = False,
+    ) -> Command:
         """Train an encoder, and evaluate it before and after.
 
         Args:
@@ -79,6 +144,8 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
                 stop-slope, stop-window, evaluate-every, checkpoint-every, workers, device,
                 data-dir and download may be given anew.
             overwrite: Replace the run in OUT.
+            wait: While another process trains into OUT, wait until it has ended, as a requeued
+                job should. (On NFS, processes of other hosts are only seen if its locks work.)
         """
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other")
@@ -86,14 +153,16 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
             from rkdo.record import Run
 
             return _parse(arguments, Run(out).read_config())
-        return lambda: _train(config, out, resume, overwrite)
+        config.check_read(_settings_in(arguments))
+        return Command(out, lambda: _train(config, out, resume, overwrite, wait))
 
     def evaluate(
         run: tyro.conf.Positional[Path],
         protocol: Literal["standard", "paper"] = "standard",
         data_dir: str | None = None,
+        evaluate_dir: str | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
-    ) -> Callable[[], None]:
+    ) -> Command:
         """Evaluate the encoder of a run, and write the metrics into its folder.
 
         Args:
@@ -101,9 +170,10 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
             protocol: standard: the backbone's features, learned on the training images, judged on
                 the test images. paper: the embeddings of 11 test batches alone.
             data_dir: Where the images are. None: where they were.
+            evaluate_dir: Where labelled images are, if those of the run have no labels.
             device: Where to compute. auto: a GPU if there is one.
         """
-        return lambda: _evaluate(run, protocol, data_dir, device)
+        return Command(run, lambda: _evaluate(run, protocol, data_dir, evaluate_dir, device))
 
     def field(
         run: tyro.conf.Positional[Path],
@@ -111,7 +181,7 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
         classes: int = 10,
         images: int = 30,
         data_dir: str | None = None,
-    ) -> Callable[[], None]:
+    ) -> Command:
         """Draw a run's response field: a block of it ordered by label, and how it changed.
 
         Args:
@@ -124,9 +194,19 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
         for name, value in (("classes", classes), ("images", images)):
             if value < 1:
                 raise UserError(f"--{name} must be at least 1, got {value}")
-        return lambda: _field(run, out, classes, images, data_dir)
+        return Command(run, lambda: _field(run, out, classes, images, data_dir))
 
-    commands: dict[str, Any] = {"train": train, "evaluate": evaluate, "field": field}
+    def check_data(folder: tyro.conf.Positional[Path]) -> Command:
+        """Look at every image below a folder, and list those that training could not use.
+
+        Args:
+            folder: Images, in folders or not; labelled or not.
+        """
+        return Command(folder, lambda: _check_data(folder))
+
+    commands: dict[str, Any] = {
+        "train": train, "evaluate": evaluate, "field": field, "check-data": check_data,
+    }  # fmt: skip
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -134,7 +214,7 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Calla
     except SystemExit as exit:
         if not exit.code:  # --help
             raise
-        raise UserError(_unframed(complaint.getvalue())) from None
+        raise UserError(_unframed(complaint.getvalue()) + _meant(arguments, commands)) from None
 
 
 def _unframed(complaint: str) -> str:
@@ -143,20 +223,49 @@ def _unframed(complaint: str) -> str:
     return " ".join(re.sub("[│╰╯─]", " ", said).split())
 
 
-def _last_line(error: Exception) -> str:
-    """An error from a worker process carries its traceback; the last line says what happened."""
-    lines = str(error).strip().splitlines() or [""]
-    return re.sub(r"^[\w.]*UserError: ", "", lines[-1])
+def _meant(arguments: list[str], commands: dict[str, Any]) -> str:
+    """The flag or command that is most like the first that does not exist; "" if none is."""
+    if not arguments:
+        return ""
+    known = commands.get(arguments[0])
+    if known is None:
+        wrong, names = arguments[0], [*commands, "--version", "--help"]
+    else:
+        own = [name for name in inspect.signature(known).parameters if name != "config"]
+        if "config" in inspect.signature(known).parameters:
+            own += [field.name for field in fields(TrainConfig)]
+        names = [flag(name) for name in own]
+        flags = [word.split("=")[0] for word in arguments if re.match("--?[a-zA-Z]", word)]
+        unknown = [word for word in flags if _setting(word) not in own and word != "--help"]
+        wrong = unknown[0] if unknown else ""
+    close = difflib.get_close_matches(wrong, names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _setting(word: str) -> str:
+    """`--batch-size` as the setting is called, `--no-download` too."""
+    return word.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_")
+
+
+def _settings_in(arguments: list[str]) -> set[str]:
+    """The settings that `arguments` name, whatever they give them."""
+    return {_setting(word) for word in arguments if word.startswith("--")}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _fail(message: str, code: int, alone: bool = False) -> int:
+    """Say it, once for all ranks, or if it happened to this one `alone`."""
+    if alone or _speaks():
+        with contextlib.suppress(OSError):  # the disk that is full may be the log's
+            print(f"rkdo: {message}", file=sys.stderr)
+    return code
 
 
 def _speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _fail(message: str, code: int) -> int:
-    if _speaks():
-        print(f"rkdo: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The settings of one training run."""
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -14,7 +15,7 @@ HISTORY = 4
 CHANGEABLE = frozenset(
     {
         "epochs", "stop_slope", "stop_window", "evaluate_every", "checkpoint_every", "workers",
-        "data_dir", "download", "device",
+        "data_dir", "evaluate_dir", "download", "device",
     }
 )  # fmt: skip
 # Settings that are read only beside certain values of other settings.
@@ -34,8 +35,26 @@ NEEDS: dict[str, Needed] = {
     "history": {"recursion": ("snapshot",)},
     "field_dtype": FIELD,
     "update_every": FIELD,
+    "evaluate_dir": {"dataset": ("folder",)},
+    "skip_unreadable": {"dataset": ("folder",)},
 }
+# Settings that came later, which a run from before has at their defaults.
+ADDED = frozenset({"evaluate_dir", "skip_unreadable", "precision"})
 OF_ICON = ("debias", "kernel")  # read by --method icon and with a share of it
+# The most that is not a slip of the finger; what memory and time allow is usually less.
+AT_MOST = {
+    "image_size": 4096,
+    "projection": 65_536,
+    "depth": 1000,
+    "history": 10_000,
+    "epochs": 10**9,
+    "steps_per_epoch": 10**9,
+    "stop_window": 10**9,
+    "batch_size": 10**7,
+    "workers": 1024,
+    "evaluate_every": 10**9,
+    "checkpoint_every": 10**9,
+}
 
 
 @dataclass(frozen=True)
@@ -47,10 +66,16 @@ class TrainConfig:
     """
 
     dataset: Dataset = "digits"
-    """Images to train on. digits comes with scikit-learn; folder is DATA_DIR/train/<class>/*.png
-    and DATA_DIR/test/<class>/*.png (or val)."""
+    """Images to train on. digits comes with scikit-learn; folder is all the images below DATA_DIR,
+    or if it holds labels, DATA_DIR/train/<class>/* to train on and DATA_DIR/test/<class>/* (or
+    val) to evaluate on."""
     data_dir: str = "data"
     """Where the images are, or go with --download. Not used by digits."""
+    evaluate_dir: str | None = None
+    """folder: where labelled images to evaluate on are, as in DATA_DIR. None: in DATA_DIR, and
+    nothing is evaluated if that has no labels."""
+    skip_unreadable: bool = False
+    """folder: go on without the images that cannot be read, which are all found at the start."""
     download: bool = False
     """Download the data set if it is not in DATA_DIR."""
     image_size: int | None = None
@@ -119,10 +144,14 @@ class TrainConfig:
     """Decides the initial weights, the order of the images and their augmentations."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the parameters and of all arithmetic."""
+    precision: Literal["full", "bf16"] = "full"
+    """What the encoder is evaluated in while it trains. full: DTYPE. bf16: bfloat16 where that is
+    safe (autocast), which is faster on GPUs and new CPUs; parameters and the loss stay float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute. auto: a GPU if there is one."""
-    workers: int = 0
-    """Processes that prepare images, per rank. 0: the training process itself."""
+    workers: int | None = None
+    """Processes that prepare images, per rank. 0: the training process itself. None: 0 on a CPU,
+    beside a GPU the cores' number, at most 8."""
 
     evaluate_every: int = 5
     """Epochs between evaluations. 0: only before and after training."""
@@ -151,8 +180,19 @@ class TrainConfig:
         for name in ("projection", "depth", "epochs", "checkpoint_every"):
             _check(self, name, "at least 1", lambda v: v >= 1)
         for name in ("workers", "evaluate_every"):
-            _check(self, name, "at least 0", lambda v: v >= 0)
-        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+            _check(self, name, "at least 0", lambda v: v is None or v >= 0)
+        if self.precision == "bf16" and self.dtype != "float32":
+            raise UserError(f"--precision bf16 needs --dtype float32, got {self.dtype}")
+        for name, most in AT_MOST.items():
+            _check(self, name, f"at most {most}", lambda v, most=most: v is None or v <= most)
+        self.check_read({f.name for f in fields(self) if getattr(self, f.name) != f.default})
+
+    def check_read(self, given: Collection[str]) -> None:
+        """That each of the settings `given`, at its default or not, is one that the run reads.
+
+        Raises:
+            UserError: one belongs to another value of another setting.
+        """
         for name, needed in NEEDS.items():
             for other, wanted in needed.items() if name in given else ():
                 _check_needed(self, name, other, wanted)
@@ -192,7 +232,7 @@ class TrainConfig:
     def from_dict(cls, values: Any, source: str) -> "TrainConfig":
         """The configuration that `to_dict` wrote to `source`."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
+        if not isinstance(values, dict) or not names - ADDED <= set(values) <= names:
             raise UserError(f"{source} is not the configuration of an rkdo run of this version")
         try:
             return cls(**values)
@@ -217,6 +257,12 @@ def check_resumable(old: TrainConfig, new: TrainConfig) -> None:
         )
 
 
+def shown(value: Any, as_text: Callable[[Any], str] = str) -> str:
+    """A value as an error shows it: on one line, and not all of it if it is long."""
+    text = " ".join(as_text(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def flag(name: str) -> str:
     """`batch_size` as it is spelled on the command line."""
     return "--" + name.replace("_", "-")
@@ -225,7 +271,7 @@ def flag(name: str) -> str:
 def _check(config: TrainConfig, name: str, wanted: str, holds: Any) -> None:
     value = getattr(config, name)
     if not holds(value):
-        raise UserError(f"{flag(name)} must be {wanted}, got {value}")
+        raise UserError(f"{flag(name)} must be {wanted}, got {shown(value)}")
 
 
 def _check_needed(config: TrainConfig, name: str, other: str, wanted: tuple[str, ...]) -> None:
@@ -241,9 +287,9 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     options = get_args(hint) or (hint,)
     if isinstance(options[0], str):  # a Literal
         if value not in options:
-            raise UserError(f"{flag(name)} must be one of {', '.join(options)}, got {value}")
+            raise UserError(f"{flag(name)} must be one of {', '.join(options)}, got {shown(value)}")
     elif float in options and type(value) is int:  # 1 is a fine 1.0
         return
     elif type(value) not in options:
         kinds = " or ".join(option.__name__ for option in options)
-        raise UserError(f"{flag(name)} must be {kinds}, got {value!r}")
+        raise UserError(f"{flag(name)} must be {kinds}, got {shown(value, repr)}")

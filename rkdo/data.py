@@ -1,12 +1,6 @@
-"""Images, their augmentations and the order in which training sees them.
+"""The images that a run trains on, and those that its encoder is judged on."""
 
-Two properties make a run exactly repeatable, on any number of ranks and workers and from any step:
-the order is a seeded permutation per epoch of which each rank takes its slice of every batch, and
-a sample's augmentations depend on (seed, epoch, index) alone.
-"""
-
-import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,22 +11,27 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 from torchvision import datasets
-from torchvision.transforms import InterpolationMode, v2
 
 from rkdo.config import TrainConfig
 from rkdo.errors import UserError
+from rkdo.images import find_images, read_image, unreadable
+
+NAMED = 5  # unreadable files that an error names
 
 
 class Images(Protocol):
-    """Labelled images; `images[i]` is uint8 [1 or 3, H, W]."""
+    """`images[i]` is uint8 [1 or 3, H, W]."""
 
-    @property
-    def labels(self) -> Tensor: ...  # [n] int64
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Tensor: ...
+
+
+class LabelledImages(Images, Protocol):
+    @property
+    def labels(self) -> Tensor: ...  # [n] int64
 
 
 @dataclass(frozen=True)
@@ -42,60 +41,150 @@ class TensorImages:
     images: Tensor  # [n, 1 or 3, H, W] uint8
     labels: Tensor  # [n] int64
 
+    def __len__(self) -> int:
+        return len(self.images)
+
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
 
 
-class FolderImages:
-    """Images read from FOLDER/<class>/* when they are asked for."""
+@dataclass(frozen=True)
+class FileImages:
+    """Images that are read when they are asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            self.files = datasets.ImageFolder(str(folder))
-        except OSError as error:  # FileNotFoundError: no class folders, or none with images
-            raise UserError(f"--data-dir: {_one_line(error)}") from error
-        self.labels: Tensor = torch.tensor(self.files.targets)
+    paths: Sequence[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        path = self.files.samples[index][0]
-        try:
-            return v2.functional.pil_to_tensor(self.files.loader(path))
-        except OSError as error:
-            raise UserError(f"{path} is not a readable image: {_one_line(error)}") from error
+        return read_image(self.paths[index])
+
+
+@dataclass(frozen=True)
+class LabelledFiles(FileImages):
+    labels: Tensor  # [n] int64
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and what it is judged on."""
+    """Labelled images: what is learned on some is judged on others."""
 
-    train: Images
-    test: Images
+    train: LabelledImages
+    test: LabelledImages
     classes: int
 
 
-def load_data(config: TrainConfig) -> Data:
-    """The images that `config` names.
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on, and what its encoder is judged on: None if nothing has labels."""
+
+    images: Images
+    labels: Tensor | None  # [n] int64
+    judged: Data | None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Files that a run does without, because they are unreadable: by their path in a folder."""
+
+    data_dir: tuple[str, ...] = ()
+    evaluate_dir: tuple[str, ...] = ()
+
+
+def load_training(config: TrainConfig, skipped: Skipped = Skipped()) -> TrainingData:
+    """The images that a run with this configuration trains on.
 
     Raises:
         UserError: they are not there, not readable, or too few.
     """
+    if config.dataset != "folder":
+        data = load_data(config)
+        return TrainingData(data.train, data.train.labels, data)
+    root = Path(config.data_dir)
+    judged = load_data(config, skipped) if is_labelled(root) or config.evaluate_dir else None
+    if is_labelled(root):
+        data = judged if judged and not config.evaluate_dir else _folder(root, skipped.data_dir)
+        return TrainingData(data.train, data.train.labels, judged)
+    paths = _without(find_images(root), root, skipped.data_dir)
+    return TrainingData(FileImages(paths), None, judged)
+
+
+def load_data(config: TrainConfig, skipped: Skipped = Skipped()) -> Data:
+    """The labelled images that an encoder is judged on.
+
+    Raises:
+        UserError: they are not there, not readable, or too few; or there are no labels.
+    """
+    name = "--evaluate-dir" if config.evaluate_dir else f"--dataset {config.dataset}"
     match config.dataset:
         case "digits":
-            train, test = _digits(config.size)
+            data = _digits(config.size)
+        case "folder" if config.evaluate_dir:
+            root = Path(config.evaluate_dir)
+            if not is_labelled(root):
+                raise UserError(
+                    f"--evaluate-dir must hold the folders train and test (or val), one folder a "
+                    f"class in each, {root} does not"
+                )
+            data = _folder(root, skipped.evaluate_dir)
         case "folder":
-            train, test = _folder(Path(config.data_dir))
+            root = Path(config.data_dir)
+            if not is_labelled(root):
+                find_images(root)
+                raise UserError(
+                    f"--data-dir {root} has no labels (no folders train and test or val): "
+                    "--evaluate-dir names a folder that has"
+                )
+            data = _folder(root, skipped.data_dir)
         case _:
-            train, test = _torchvision(config)
-    classes = train.labels.unique()
-    if len(classes) < 2 or len(test.labels) < 12:
+            data = _torchvision(config)
+    if data.classes < 2 or len(data.test) < 12:
         raise UserError(
-            f"--dataset {config.dataset} must have at least 2 classes and 12 test images, "
-            f"got {len(classes)} and {len(test.labels)}"
+            f"{name} must have at least 2 classes and 12 test images, "
+            f"got {data.classes} and {len(data.test)}"
         )
-    return Data(train, test, len(classes))
+    return data
 
 
-def _digits(size: int) -> tuple[Images, Images]:
+def find_unreadable(config: TrainConfig) -> Skipped:
+    """The image files of a run that cannot be read, after all have been looked at.
+
+    Raises:
+        UserError: there are some, and the configuration does not say to go on without them; or
+            there are no images.
+    """
+    if config.dataset != "folder":
+        return Skipped()
+    data, found = load_training(config), []
+    judged = _paths(data.judged.train, data.judged.test) if data.judged else []
+    own = _paths(data.images) + ([] if config.evaluate_dir else judged)
+    for name, folder, paths in (
+        ("--data-dir", config.data_dir, own),
+        ("--evaluate-dir", config.evaluate_dir, judged if config.evaluate_dir else []),
+    ):
+        faults = unreadable(list(dict.fromkeys(paths)))
+        if faults and not config.skip_unreadable:
+            named = "; ".join(f"{path} {why}" for path, why in list(faults.items())[:NAMED])
+            more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+            raise UserError(
+                f"{name}: {len(faults)} of {len(set(paths))} images cannot be used: {named}{more} "
+                f"(--skip-unreadable goes on without them, rkdo check-data {folder} lists them)"
+            )
+        found.append(tuple(path.relative_to(folder).as_posix() for path in faults if folder))
+    return Skipped(*found)
+
+
+def _paths(*images: Images) -> list[Path]:
+    return [path for some in images if isinstance(some, FileImages) for path in some.paths]
+
+
+def is_labelled(root: Path) -> bool:
+    """Whether there is a folder `train`, and one of `test` or `val`."""
+    return (root / "train").is_dir() and any((root / name).is_dir() for name in ("test", "val"))
+
+
+def _digits(size: int) -> Data:
     """scikit-learn's 1,797 handwritten digits, enlarged from 8×8; one in five is for testing."""
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
@@ -105,24 +194,43 @@ def _digits(size: int) -> tuple[Images, Images]:
     train, test = train_test_split(
         np.arange(len(labels)), test_size=0.2, stratify=labels.numpy(), random_state=0
     )
-    return TensorImages(images[train], labels[train]), TensorImages(images[test], labels[test])
+    first, second = (TensorImages(images[part], labels[part]) for part in (train, test))
+    return Data(first, second, 10)
 
 
-def _folder(root: Path) -> tuple[Images, Images]:
-    held_out = "val" if not (root / "test").is_dir() and (root / "val").is_dir() else "test"
-    for part in ("train", held_out):
-        if not (root / part).is_dir():
-            raise UserError(f"--data-dir must hold the folders train and test, no {root / part}")
-    train, test = FolderImages(root / "train"), FolderImages(root / held_out)
-    if train.files.classes != test.files.classes:
+def _folder(root: Path, skipped: Collection[str]) -> Data:
+    held_out = "test" if (root / "test").is_dir() else "val"
+    (train, classes), (test, others) = (
+        _classes(root, part, skipped) for part in ("train", held_out)
+    )
+    if classes != others:
         raise UserError(
             f"--data-dir: train and {held_out} must hold the same classes, "
-            f"got {len(train.files.classes)} and {len(test.files.classes)}"
+            f"got {len(classes)} and {len(others)}"
         )
-    return train, test
+    return Data(train, test, len(train.labels.unique()))
 
 
-def _torchvision(config: TrainConfig) -> tuple[Images, Images]:
+def _classes(root: Path, part: str, skipped: Collection[str]) -> tuple[LabelledFiles, list[str]]:
+    """The images in `part`, and what its class folders are called."""
+    try:
+        found = datasets.ImageFolder(str(root / part))
+    except OSError as error:  # FileNotFoundError: no class folders, or none with images
+        raise UserError(
+            f"--data-dir: {_one_line(error)} (images without labels: --data-dir {root / part})"
+        ) from error
+    labels = {Path(path): label for path, label in found.samples}
+    paths = _without(list(labels), root, skipped)
+    targets = torch.tensor([labels[path] for path in paths], dtype=torch.int64)
+    return LabelledFiles(paths, targets), found.classes
+
+
+def _without(paths: Sequence[Path], root: Path, skipped: Collection[str]) -> list[Path]:
+    gone = {root / name for name in skipped}
+    return [path for path in paths if path not in gone]
+
+
+def _torchvision(config: TrainConfig) -> Data:
     name, root = config.dataset, config.data_dir
     try:
         if name == "stl10":
@@ -145,145 +253,8 @@ def _torchvision(config: TrainConfig) -> tuple[Images, Images]:
         TensorImages(torch.from_numpy(np.ascontiguousarray(images)), torch.as_tensor(labels).long())
         for images, labels in arrays
     )
-    return train, test
+    return Data(train, test, len(train.labels.unique()))
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def augmentation(config: TrainConfig) -> nn.Module:
-    """uint8 [1 or 3, H, W] to a random view, float32 [3, size, size]."""
-    if config.dataset == "digits":  # no flips and no large turns: a digit stays the digit it is
-        draw: list[nn.Module] = [
-            v2.RandomAffine(
-                degrees=15,
-                translate=(0.1, 0.1),
-                scale=(0.75, 1.1),
-                shear=(-12, 12, -6, 6),
-                interpolation=InterpolationMode.BILINEAR,
-            ),
-            v2.RandomApply([v2.GaussianBlur(3, sigma=(0.3, 1.5))], p=0.3),
-            v2.ColorJitter(brightness=0.3, contrast=0.3),
-        ]
-    else:
-        draw = [
-            v2.RandomResizedCrop(config.size, scale=(0.2, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
-        ]
-    return v2.Compose([*draw, *_to_network()])
-
-
-def plain_view(config: TrainConfig) -> nn.Module:
-    """uint8 [1 or 3, H, W] to the view that evaluation uses, float32 [3, size, size]."""
-    return v2.Compose(
-        [v2.Resize(config.size, antialias=True), v2.CenterCrop(config.size), *_to_network()]
-    )
-
-
-def _to_network() -> list[nn.Module]:
-    return [
-        v2.RGB(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5]),
-    ]
-
-
-class TwoViews(Dataset):
-    """`views[epoch, index]`: two random views of an image, always the same ones, and the index."""
-
-    def __init__(self, images: Images, augment: nn.Module, seed: int) -> None:
-        self.images = images
-        self.augment = augment
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-        epoch, index = key
-        image = self.images[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
-            return self.augment(image), self.augment(image), index
-
-
-class PlainViews(Dataset):
-    """Every image's evaluation view, in order."""
-
-    def __init__(self, images: Images, view: nn.Module, count: int | None = None) -> None:
-        self.images = images
-        self.view = view
-        self.count = len(images.labels) if count is None else min(count, len(images.labels))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.view(self.images[index])
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The keys of this rank's rows of every batch from step `start` on."""
-
-    n_images: int
-    batch_size: int  # over all ranks
-    steps_per_epoch: int
-    epochs: int
-    seed: int
-    start: int = 0
-    rank: int = 0
-    n_ranks: int = 1
-
-    def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch - self.start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rows = self.batch_size // self.n_ranks
-        for epoch in range(self.start // self.steps_per_epoch, self.epochs):
-            order = epoch_order(self.seed, epoch, self.n_images)
-            for batch in range(self.steps_per_epoch):
-                if epoch * self.steps_per_epoch + batch >= self.start:
-                    first = batch * self.batch_size + self.rank * rows
-                    yield [(epoch, index) for index in order[first : first + rows].tolist()]
-
-
-def epoch_order(seed: int, epoch: int, n_images: int) -> Tensor:  # [n_images] int64
-    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
-    return torch.randperm(n_images, generator=generator)
-
-
-def seed_of(*parts: int) -> int:
-    """One well-mixed seed from several numbers."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
-
-
-def training_loader(images: Images, config: TrainConfig, batches: Batches) -> DataLoader:
-    """Batches of (first views, second views, which images they are of).
-
-    The views are float32 [rows, 3, size, size], the images' places in `images` int64 [rows].
-    """
-    return DataLoader(
-        TwoViews(images, augmentation(config), config.seed),
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
-        num_workers=config.workers,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # its own, so that starting it draws nothing from the run's
-    )
-
-
-def evaluation_loader(images: Images, config: TrainConfig, count: int | None = None) -> DataLoader:
-    """Batches of evaluation views of the first `count` images, float32 [≤ 256, 3, size, size]."""
-    return DataLoader(
-        PlainViews(images, plain_view(config), count),
-        batch_size=256,
-        num_workers=config.workers,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),
-    )
-
-
-def _ignore_signals(worker: int) -> None:
-    """A signal to the process group is the training process's business: it stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

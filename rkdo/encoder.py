@@ -25,7 +25,9 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, projection], unit rows
-        return F.normalize(self.projector(self.backbone(images)), dim=1)
+        projected = self.projector(self.backbone(images))
+        # Under autocast it comes in bfloat16, whose rounding would leave rows that are not unit.
+        return F.normalize(projected.to(self.projector[0].weight.dtype), dim=1)
 
 
 def build_encoder(config: TrainConfig) -> Encoder:

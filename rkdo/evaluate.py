@@ -20,8 +20,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from rkdo.batches import evaluation_loader
 from rkdo.config import TrainConfig
-from rkdo.data import Data, Images, evaluation_loader, load_data
+from rkdo.data import Data, Images, LabelledImages, load_data
 from rkdo.encoder import Encoder, build_encoder
 from rkdo.errors import UserError
 from rkdo.ranks import find_device
@@ -96,7 +97,12 @@ PROTOCOLS: dict[str, Callable[[Encoder, Data, TrainConfig], dict[str, float]]] =
 
 
 def evaluate_run(
-    folder: Path, protocol: str = "standard", *, data_dir: str | None = None, device: str = "auto"
+    folder: Path,
+    protocol: str = "standard",
+    *,
+    data_dir: str | None = None,
+    evaluate_dir: str | None = None,
+    device: str = "auto",
 ) -> tuple[dict[str, float], Path]:
     """Evaluate a run's last checkpoint; the metrics, and the file in `folder` they are written to.
 
@@ -107,6 +113,8 @@ def evaluate_run(
     config = run.read_config()
     if data_dir is not None:
         config = replace(config, data_dir=data_dir)
+    if evaluate_dir is not None:
+        config = replace(config, evaluate_dir=evaluate_dir)
     saved = run.load_checkpoint()
     if saved is None:
         raise UserError(f"{folder} has no checkpoint yet: let it train first")
@@ -116,7 +124,7 @@ def evaluate_run(
         step = int(saved["step"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{run.checkpoint} does not fit {folder / 'config.json'}") from error
-    metrics = PROTOCOLS[protocol](encoder, load_data(config), config)
+    metrics = PROTOCOLS[protocol](encoder, load_data(config, run.read_skipped()), config)
     path = folder / ("evaluation.json" if protocol == "standard" else f"evaluation-{protocol}.json")
     try:
         write_json(path, {"step": step, "protocol": protocol, **metrics})
@@ -136,7 +144,7 @@ def extract(
     try:
         rows: list[Tensor] = [
             network(views.to(weight.device, weight.dtype)).double().cpu()
-            for views in evaluation_loader(images, config, count)
+            for views in evaluation_loader(images, config, weight.device, count)
         ]
     finally:
         network.train(training)
@@ -167,7 +175,8 @@ def _probe():
 
 
 def _pixels(images: Images, config: TrainConfig, count: int) -> Array:
-    views = [view.flatten(1) for view in evaluation_loader(images, config, count)]
+    cpu = torch.device("cpu")
+    views = [view.flatten(1) for view in evaluation_loader(images, config, cpu, count)]
     return torch.cat(views).numpy()
 
 
@@ -175,5 +184,5 @@ def _unit(features: Array) -> Array:
     return F.normalize(torch.from_numpy(features), dim=1).numpy()
 
 
-def _labels(images: Images) -> Array:
+def _labels(images: LabelledImages) -> Array:
     return images.labels.numpy()

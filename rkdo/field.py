@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rkdo.config import HISTORY, TrainConfig
-from rkdo.data import load_data
+from rkdo.data import load_training
 from rkdo.errors import UserError
 from rkdo.ranks import Ranks
 from rkdo.record import Run
@@ -28,13 +28,13 @@ class TrainingField:
     Every rank holds its share of the rows, and all call the same methods in the same order.
     """
 
-    def __init__(self, config: TrainConfig, labels: Tensor, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, n: int, labels: Tensor | None, ranks: Ranks) -> None:
         group = dist.group.WORLD if ranks.size > 1 else None
-        self.field = _build(config, len(labels), ranks.device, group)
+        self.field = _build(config, n, ranks.device, group)
         self.config, self.ranks = config, ranks
         self.every_step = config.update_every == "step"
-        self.shown = sample(labels, CLASSES, IMAGES)
-        self.shown_labels = labels[self.shown]
+        self.shown = sample(n, labels, CLASSES, IMAGES)
+        self.shown_labels = None if labels is None else labels[self.shown]
         self.waiting: list[tuple[Tensor, ...]] = []  # queries, keys and index of each batch
 
     def loss(
@@ -57,13 +57,14 @@ class TrainingField:
             self.waiting = []
 
     def measures(self) -> dict[str, float]:
-        """Entropy and mass on the own class, means over the rows of the shown images' block."""
+        """Entropy and, if there are labels, mass on the own class: means over the rows of the
+        shown images' block."""
         block = self.field.block(self.shown.to(self.ranks.device)).double().cpu()
-        same = self.shown_labels[:, None] == self.shown_labels
-        return {
-            "field_entropy": torch.special.entr(block).sum(1).mean().item(),
-            "field_purity": (block * same).sum(1).mean().item(),
-        }
+        found = {"field_entropy": torch.special.entr(block).sum(1).mean().item()}
+        if self.shown_labels is not None:
+            same = self.shown_labels[:, None] == self.shown_labels
+            found["field_purity"] = (block * same).sum(1).mean().item()
+        return found
 
     def state_dict(self) -> dict[str, Any] | None:
         """Of all ranks, on the first; None on the others. To be saved at once: with one rank the
@@ -101,8 +102,11 @@ class TrainingField:
         ]
 
 
-def sample(labels: Tensor, classes: int, images: int) -> Tensor:  # [≤ classes · images] int64
-    """The first `images` images of `classes` classes spread over all, in the order of labels."""
+def sample(n: int, labels: Tensor | None, classes: int, images: int) -> Tensor:
+    """The first `images` images of `classes` classes spread over all, in the order of labels; as
+    many of all `n` images if there are none. int64 [≤ classes · images]."""
+    if labels is None:
+        return torch.linspace(0, n - 1, min(n, classes * images)).round().long()
     found = labels.unique()
     places = torch.linspace(0, len(found) - 1, min(classes, len(found))).round().long()
     return torch.cat([(labels == found[i]).nonzero()[:images, 0] for i in places])
@@ -126,18 +130,20 @@ def picture(
     saved = run.load_checkpoint()
     if saved is None:
         raise UserError(f"{folder} has no checkpoint yet: let it train first")
-    labels = load_data(config).train.labels
-    trained = TrainingField(config, labels, Ranks(0, 1, torch.device("cpu")))
+    data = load_training(config, run.read_skipped())
+    n, labels = len(data.images), data.labels
+    trained = TrainingField(config, n, labels, Ranks(0, 1, torch.device("cpu")))
     try:
         trained.load_state_dict(saved["field"])
         step = int(saved["step"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{run.checkpoint} does not fit {folder / 'config.json'}") from error
-    shown = sample(labels, classes, images)
+    shown = sample(n, labels, classes, images)
+    shown_labels = None if labels is None else labels[shown]
     title = f"{config.recursion} field on {config.dataset}, step {step}"
     path = run.field if out is None else out
     try:
-        draw_field(trained.field.block(shown), labels[shown], run.read_metrics(), title, path)
+        draw_field(trained.field.block(shown), shown_labels, run.read_metrics(), title, path)
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
     return path

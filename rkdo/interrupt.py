@@ -8,6 +8,8 @@ from types import FrameType
 
 from rkdo.errors import Stopped
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopRequest:
     """`signum` is the signal that asked to stop, 0 as long as none did."""
@@ -51,10 +53,23 @@ def listening() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, stop._receive) for number in signals]
+    before = {number: signal.signal(number, stop._receive) for number in SIGNALS}
     try:
         yield stop
     finally:
-        for number, handler in zip(signals, before, strict=True):
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def by_default() -> Iterator[None]:
+    """Inside, signals do what they do to any program: end it, even if it waits in a library."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)

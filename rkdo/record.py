@@ -1,68 +1,52 @@
 """The run folder: what is in it, and how it is written so that no moment leaves it broken.
 
 config.json            settings, versions, commit; what makes a folder a run
+skipped.json           unreadable images that it does without, if there are any
 metrics.jsonl          a line per step and per evaluation
 checkpoint.pt          everything needed to go on
 curves.png             loss and metrics over the steps
 field.png              the response field, if the run has one and it was asked for
 encoder.safetensors    the trained backbone
 evaluation.json        what `rkdo evaluate` found; evaluation-paper.json by the paper's protocol
+traceback.txt          where rkdo itself failed, if it did
+.lock                  who is training into the folder (rkdo/lock.py)
 """
 
 import json
 import os
-import pickle
 import platform
+import struct
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
-from io import BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
+from rkdo import checkpoint, unexpected
+from rkdo.augment import VIEWS
 from rkdo.config import TrainConfig
+from rkdo.data import Skipped
 from rkdo.errors import UserError
+from rkdo.files import parse_json, partial_of, require_room, write_atomically, write_json, writing
+from rkdo.lock import NAME as LOCK
+from rkdo.lock import FolderLock
 
-FORMAT = "rkdo-checkpoint"
-VERSION = 2
 PACKAGES = ("rkdo-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn")
 OURS = (  # in the order in which --overwrite removes them
     "checkpoint.pt",
+    "skipped.json",
     "metrics.jsonl",
     "curves.png",
     "field.png",
     "encoder.safetensors",
     "evaluation.json",
     "evaluation-paper.json",
+    unexpected.NAME,
 )
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """`path` holds what it held or all that `write` writes, whenever the machine stops."""
-    partial = _partial(path)
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 class Run:
@@ -72,10 +56,21 @@ class Run:
         self.folder = folder
         self.checkpoint = folder / "checkpoint.pt"
         self.metrics = folder / "metrics.jsonl"
+        self.skipped = folder / "skipped.json"
         self.curves = folder / "curves.png"
         self.field = folder / "field.png"
         self.encoder = folder / "encoder.safetensors"
-        self._lines: IO[bytes] | None = None
+        self._lock = FolderLock(folder)
+        self._lines: int | None = None  # file descriptor: a buffer would be written when closing
+
+    def claim(self, wait: bool) -> None:
+        """Keep other processes from training into the folder until `close`, if it exists yet.
+
+        Raises:
+            UserError: another process holds it (and `wait` is not given).
+        """
+        if self.folder.is_dir():
+            self._lock.acquire(wait=wait)
 
     def check_new(self, overwrite: bool) -> None:
         """That a new run may be written here; changes nothing."""
@@ -88,42 +83,98 @@ class Run:
                 f"--out {self.folder} already holds a run: pass --resume to go on with it or "
                 "--overwrite to replace it"
             )
-        if any(not entry.name.endswith(".partial") for entry in self.folder.iterdir()):
+        ours = (LOCK, *map(".{}.partial".format, (*OURS, "config.json")))
+        if any(entry.name not in ours for entry in self.folder.iterdir()):
             raise UserError(
                 f"--out {self.folder} is not empty: name another folder, or pass --overwrite "
                 "to write into it"
             )
 
-    def create(self, config: TrainConfig) -> None:
+    def create(
+        self,
+        config: TrainConfig,
+        skipped: Skipped = Skipped(),  # noqa: B008
+        *,
+        overwrite: bool = False,
+        wait: bool = False,
+    ) -> None:
         """Begin a new run: from here on the folder can be resumed."""
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        self.claim(wait)
+        self.check_new(overwrite)  # another process may have been here first
+        with writing(self.folder):
             for name in OURS:
                 (self.folder / name).unlink(missing_ok=True)
-                _partial(self.folder / name).unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder} cannot be written: {error.strerror}") from error
+        self.remove_partial()
+        if skipped != Skipped():
+            with writing(self.skipped):
+                write_json(self.skipped, asdict(skipped))
         self.write_config(config)
 
+    def remove_partial(self) -> None:
+        """Remove what a process that was killed had not finished writing."""
+        with writing(self.folder):
+            for name in (*OURS, "config.json"):
+                partial_of(self.folder / name).unlink(missing_ok=True)
+
+    def require_room(self, size: int, overwrite: bool) -> None:
+        """That a checkpoint of `size` bytes fits on the disk, before time is spent on training."""
+        files = [self.folder / name for name in OURS] if overwrite else []
+        freed = sum(file.stat().st_size for file in files if file.is_file())
+        require_room(self.folder, size, freed)
+
     def write_config(self, config: TrainConfig) -> None:
-        values = {"config": config.to_dict(), "versions": versions(), "commit": commit()}
-        try:
-            write_json(self.folder / "config.json", values)
-        except OSError as error:
-            raise UserError(f"--out {self.folder} cannot be written: {error.strerror}") from error
+        values = {
+            "config": config.to_dict(), "views": VIEWS, "versions": versions(), "commit": commit(),
+        }  # fmt: skip
+        path = self.folder / "config.json"
+        with writing(path):
+            write_json(path, values)
 
     def read_config(self) -> TrainConfig:
+        config = self._read_record().get("config")
+        return TrainConfig.from_dict(config, str(self.folder / "config.json"))
+
+    def _read_record(self) -> dict[str, Any]:
         path = self.folder / "config.json"
         try:
-            values = json.loads(path.read_bytes())
+            text = path.read_bytes()
         except FileNotFoundError:
             raise UserError(f"{self.folder} holds no run: no {path}") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}") from error
-        config = values.get("config") if isinstance(values, dict) else None
-        return TrainConfig.from_dict(config, str(path))
+        values = parse_json(text, path)
+        return values if isinstance(values, dict) else {}
+
+    def check_views(self) -> None:
+        """That this rkdo draws the random views that the run began with."""
+        if self._read_record().get("views") != VIEWS:
+            raise UserError(
+                f"{self.folder} began with the random views of another version of rkdo: resume it "
+                "with that one, or start another run"
+            )
+
+    def read_skipped(self) -> Skipped:
+        """The images that the run does without.
+
+        Raises:
+            UserError: the file that says so is not what `create` writes.
+        """
+        try:
+            values = parse_json(self.skipped.read_bytes(), self.skipped)
+        except FileNotFoundError:
+            return Skipped()
+        except OSError as error:
+            raise UserError(f"{self.skipped} cannot be read: {error.strerror}") from error
+        names = set(asdict(Skipped()))
+        if not (
+            isinstance(values, dict)
+            and set(values) == names
+            and all(isinstance(x, list) and all(type(y) is str for y in x) for x in values.values())
+        ):
+            raise UserError(f"{self.skipped} must hold lists {' and '.join(sorted(names))}")
+        return Skipped(**{name: tuple(listed) for name, listed in values.items()})
 
     def open_metrics(self, size: int) -> None:
         """Go on writing metrics after the first `size` bytes, which the checkpoint vouches for.
@@ -133,71 +184,100 @@ class Run:
         """
         if size:
             self._check_metrics(size)
-        self._lines = self.metrics.open("ab")
-        self._lines.truncate(size)
+        with writing(self.metrics):
+            self._lines = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            os.ftruncate(self._lines, size)
 
     def _check_metrics(self, size: int) -> None:
-        found = self.metrics.read_bytes()[:size] if self.metrics.exists() else b""
+        found = self._metrics_bytes()[:size]
         if len(found) < size:
             raise UserError(
                 f"{self.metrics} must hold the {size} bytes of metrics up to the checkpoint, "
                 f"got {len(found)}"
             )
+        for line in found.splitlines():
+            self._parse_line(line)
+
+    def _metrics_bytes(self) -> bytes:
         try:
-            for line in found.splitlines():
-                json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{self.metrics} holds a line that is not JSON: {error}") from error
+            return self.metrics.read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise UserError(f"{self.metrics} cannot be read: {error.strerror}") from error
+
+    def _parse_line(self, line: bytes) -> dict[str, Any]:
+        values = parse_json(line, self.metrics, "holds a line that is")
+        if not (
+            isinstance(values, dict)
+            and {"step", "epoch"} <= values.keys()
+            and all(type(value) in (int, float) for value in values.values())
+        ):
+            shown = line[:40].decode(errors="replace")
+            raise UserError(f"{self.metrics} holds a line that is not a step's metrics: {shown}")
+        return values
 
     def write_metrics(self, values: Mapping[str, Any]) -> None:
+        """Append a line: all of it, or on an error nothing."""
         assert self._lines is not None
-        self._lines.write(json.dumps(values).encode() + b"\n")
-        self._lines.flush()
+        line = json.dumps(values).encode() + b"\n"
+        size = os.fstat(self._lines).st_size
+        with writing(self.metrics):
+            try:
+                written = 0
+                while written < len(line):
+                    written += os.write(self._lines, line[written:])
+            except OSError:
+                os.ftruncate(self._lines, size)
+                raise
 
     def sync_metrics(self) -> int:
         """Put the metrics on the disk; their size in bytes."""
         assert self._lines is not None
-        os.fsync(self._lines.fileno())
-        return self._lines.tell()
+        with writing(self.metrics):
+            os.fsync(self._lines)
+        return os.fstat(self._lines).st_size
 
     def close(self) -> None:
+        """End writing, and let others write."""
         if self._lines is not None:
-            self._lines.close()
+            os.close(self._lines)
+            self._lines = None
+        self._lock.release()
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics.read_bytes().splitlines()]
+        """The lines of metrics.jsonl; none if there is no such file.
+
+        Raises:
+            UserError: a line is not one that `write_metrics` writes.
+        """
+        return [self._parse_line(line) for line in self._metrics_bytes().splitlines()]
 
     def save_checkpoint(self, values: Mapping[str, Any]) -> None:
-        tagged = {"format": FORMAT, "version": VERSION, **values}
-        write_atomically(self.checkpoint, lambda file: torch.save(tagged, file))
+        checkpoint.save(self.checkpoint, values)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, or None if the run has not come to its first.
 
-        Its tensors stay in the file until they are read: a field may be as large as the memory.
-
         Raises:
             UserError: the file is damaged, or something else's.
         """
-        path = self.checkpoint
-        try:
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except FileNotFoundError:
-            return None
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.PickleError) as error:
-            raise UserError(f"{path} is damaged or not a checkpoint of rkdo") from error
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise UserError(f"{path} is not a checkpoint of rkdo")
-        if values.get("version") != VERSION:
-            raise UserError(
-                f"{path} has version {values.get('version')}, this rkdo reads version {VERSION}"
-            )
-        return values
+        return checkpoint.load(self.checkpoint)
 
-    def save_encoder(self, backbone: Mapping[str, Tensor], about: dict[str, str]) -> None:
+    def save_encoder(self, backbone: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.items()}
-        content = BytesIO(safetensors.torch.save(tensors, metadata=about))
-        write_atomically(self.encoder, lambda file: file.write(content.getbuffer()))
+        content = _in_order(safetensors.torch.save(tensors, metadata=dict(about)))
+        with writing(self.encoder):
+            write_atomically(self.encoder, lambda file: file.write(content))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its header sorted: as written, its metadata's order is random."""
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8:start])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return struct.pack("<Q", len(text)) + text + content[start:]
 
 
 def versions() -> dict[str, str]:

@@ -49,7 +49,7 @@ def draw_curves(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def draw_field(
     block: Tensor,  # [N, N], rows that sum to one
-    labels: Tensor,  # [N], in order
+    labels: Tensor | None,  # [N], in order
     metrics: list[dict[str, Any]],
     title: str,
     path: Path,
@@ -63,29 +63,32 @@ def draw_field(
     figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    n = len(labels)
+    n = len(block)
     # From a hundredth of the uniform share up, in decades: the diagonal outweighs all else.
     shown = left.imshow(
         block.double().cpu().numpy(), norm=LogNorm(0.01 / n, 1, clip=True), cmap="magma"
     )
     figure.colorbar(shown, ax=left, label="mass in the row")
-    kinds, counts = labels.unique(return_counts=True)
-    ends = counts.cumsum(0)
-    for end in ends[:-1].tolist():
-        left.axhline(end - 0.5, color="white", linewidth=0.4)
-        left.axvline(end - 0.5, color="white", linewidth=0.4)
-    left.set_xticks((ends - (counts + 1) / 2).tolist(), kinds.tolist())
-    left.set_yticks((ends - (counts + 1) / 2).tolist(), kinds.tolist())
-    left.set(xlabel="label", ylabel="label", title=title)
+    left.set(xlabel="image", ylabel="image", title=title)
+    if labels is not None:
+        kinds, counts = labels.unique(return_counts=True)
+        ends = counts.cumsum(0)
+        for end in ends[:-1].tolist():
+            left.axhline(end - 0.5, color="white", linewidth=0.4)
+            left.axvline(end - 0.5, color="white", linewidth=0.4)
+        left.set_xticks((ends - (counts + 1) / 2).tolist(), kinds.tolist())
+        left.set_yticks((ends - (counts + 1) / 2).tolist(), kinds.tolist())
+        left.set(xlabel="label", ylabel="label")
 
     lines = [line for line in metrics if "field_entropy" in line]
     epochs = [line["epoch"] for line in lines]
     right.plot(epochs, [line["field_entropy"] for line in lines], "o-", label="row entropy (nats)")
-    right.plot([], [], "s-", color="C1", label="class purity")
     right.set(xlabel="epoch", ylabel="row entropy (nats)", title="mean over the shown rows")
     right.set_ylim(bottom=0)
+    if labels is not None:
+        right.plot([], [], "s-", color="C1", label="class purity")
+        purity = right.twinx()
+        purity.plot(epochs, [line["field_purity"] for line in lines], "s-", color="C1")
+        purity.set(ylabel="mass on the own class", ylim=(0, 1.02))
     right.legend(loc="lower left")
-    purity = right.twinx()
-    purity.plot(epochs, [line["field_purity"] for line in lines], "s-", color="C1")
-    purity.set(ylabel="mass on the own class", ylim=(0, 1.02))
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

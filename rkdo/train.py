@@ -3,94 +3,89 @@
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from rkdo.batches import Batches, training_loader
 from rkdo.batchnorm import synchronise_batch_norm
 from rkdo.config import TrainConfig, check_resumable
-from rkdo.data import Batches, Data, load_data, training_loader
-from rkdo.encoder import Encoder, build_encoder
+from rkdo.data import Data, Skipped, TrainingData, find_unreadable, load_training
+from rkdo.encoder import build_encoder
 from rkdo.errors import Stopped, TrainingError, UserError
 from rkdo.evaluate import evaluate
 from rkdo.field import TrainingField
+from rkdo.files import writing
 from rkdo.interrupt import StopRequest, listening
 from rkdo.objective import build_objective
-from rkdo.ranks import Ranks, joined_ranks
+from rkdo.ranks import Ranks, average_gradients, joined_ranks
 from rkdo.record import Run
 from rkdo.report import draw_curves
 from rkdo.schedule import alpha_at, levelled_off, scheduled_at, temperature_at
-
-
-@dataclass
-class State:
-    """All that changes while training; a checkpoint is this and nothing else."""
-
-    encoder: Encoder
-    optimizer: torch.optim.Optimizer
-    field: TrainingField | None = None
-    losses: tuple[float, ...] = ()  # the epochs' means
-    loss_sum: float = 0.0  # over this epoch's steps
-    step: int = 0
-    evaluated: int = -1  # the last step whose evaluation is in the metrics
-    metrics_size: int = 0
-    images: int = 0  # in the training set
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.encoder.parameters()).dtype
+from rkdo.state import State
+from rkdo.workers import workers_watched
 
 
 def train(
-    config: TrainConfig, out: Path, *, resume: bool = False, overwrite: bool = False
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    wait: bool = False,
 ) -> list[dict[str, Any]]:
     """Train into the folder `out`, on every rank that torchrun has started; returns the metrics.
 
     A run that was stopped, or killed at any moment, goes on with `resume` to the same bits as if
-    it never had been, on the same kind of machine with as many threads, and with one or two ranks
-    (with more, the order in which gradients are added up is the collective library's).
+    it never had been, on the same kind of machine with as many threads and ranks (of more than two
+    on GPUs this is untested). While another process trains into `out` it is refused, or `wait`
+    waits until that has ended.
 
     Raises:
-        UserError: a setting or a file cannot be used; an existing run is left as it is.
-        TrainingError: the loss is not finite; the last checkpoint is left as it is.
+        UserError: a setting or a file cannot be used, or a file not be written; an existing run,
+            or its last checkpoint, is left as it is.
+        TrainingError: the loss is not finite, or another process of the run has ended; the last
+            checkpoint is left as it is.
         Stopped: SIGTERM or Ctrl-C; the run is saved.
     """
     run = Run(Path(out))
     cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-    with listening() as stop, joined_ranks(config.device) as ranks, cudnn:
-        ranks.on_first(lambda: _check_folder(run, config, resume, overwrite))
-        data = _load_on_all(config, ranks)
-        steps_per_epoch = _steps_per_epoch(config, len(data.train.labels), ranks.size)
-        torch.manual_seed(config.seed)
-        encoder = build_encoder(config).to(ranks.device, getattr(torch, config.dtype))
-        adam = torch.optim.Adam(
-            encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay
-        )
-        labels = data.train.labels
-        state = State(encoder, adam, images=len(labels))
-        if config.recursion != "batch":
-            state.field = TrainingField(config, labels, ranks)
-        with stop.deferred():
-            if resume:
-                _restore(run, config, state, len(labels), steps_per_epoch)
-            ranks.on_first(lambda: _begin(run, config, state, resume))
-            try:
+    try:
+        with listening() as stop, joined_ranks(config.device) as ranks, cudnn, workers_watched():
+            ranks.on_first(lambda: _claim(run, config, resume, overwrite, wait))
+            skipped = ranks.on_first(lambda: _unreadable(run, config, resume))
+            data = _load_on_all(config, skipped, ranks)
+            images = len(data.images)
+            steps_per_epoch = ranks.together(lambda: _steps_per_epoch(config, images, ranks.size))
+            torch.manual_seed(config.seed)
+            state = ranks.together(lambda: _build(config, data, ranks))
+            with stop.deferred():
+                if resume:
+                    ranks.together(lambda: _restore(run, config, state, steps_per_epoch))
+                ranks.on_first(lambda: _begin(run, config, state, skipped, resume, overwrite, wait))
                 _train(config, run, state, data, steps_per_epoch, ranks, stop)
-            finally:
-                run.close()
-        return run.read_metrics()
+            return run.read_metrics()
+    finally:
+        run.close()
+
+
+def _build(config: TrainConfig, data: TrainingData, ranks: Ranks) -> State:
+    encoder = build_encoder(config).to(ranks.device, getattr(torch, config.dtype))
+    adam = torch.optim.Adam(encoder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    n, field = len(data.images), None
+    if config.recursion != "batch":
+        field = TrainingField(config, n, data.labels, ranks)
+    return State(encoder, adam, field, images=n)
 
 
 def _train(
     config: TrainConfig,
     run: Run,
     state: State,
-    data: Data,
+    data: TrainingData,
     steps_per_epoch: int,
     ranks: Ranks,
     stop: StopRequest,
@@ -98,11 +93,11 @@ def _train(
     encoder: nn.Module = state.encoder.train()
     if ranks.size > 1:
         synchronise_batch_norm(encoder)
-        encoder = DistributedDataParallel(encoder, broadcast_buffers=False)
+        encoder = average_gradients(encoder, ranks)
     objective = build_objective(config, state.field)
     n_steps = config.epochs * steps_per_epoch
     batches = Batches(
-        n_images=len(data.train.labels),
+        n_images=len(data.images),
         batch_size=config.batch_size,
         steps_per_epoch=steps_per_epoch,
         epochs=config.epochs,
@@ -111,15 +106,16 @@ def _train(
         rank=ranks.rank,
         n_ranks=ranks.size,
     )
-    loader = iter(training_loader(data.train, config, batches))
+    loader = iter(training_loader(data.images, config, batches, ranks.device))
     progress = tqdm(
         total=n_steps, initial=state.step, unit="step", disable=not ranks.first, leave=True
     )
     with progress:
         while True:
             ended = state.step == n_steps or levelled_off(config, state.losses)
-            if ranks.first and _evaluation_due(config, state, steps_per_epoch, ended):
-                _evaluate(config, run, state, data, steps_per_epoch, stop, progress)
+            due = ranks.first and _evaluation_due(config, state, steps_per_epoch, ended)
+            if due and data.judged is not None:
+                _evaluate(config, run, state, data.judged, steps_per_epoch, stop, progress)
             _stop_if_asked(run, config, state, ranks, stop)
             if ended:
                 if ranks.first and state.step < n_steps:
@@ -129,17 +125,15 @@ def _train(
             started = time.perf_counter()
             first, second, index = next(loader)
             views = torch.cat([first, second]).to(ranks.device, state.dtype)
-            queries, keys = encoder(views).chunk(2)
+            with torch.autocast(ranks.device.type, torch.bfloat16, config.precision == "bf16"):
+                queries, keys = encoder(views).chunk(2)
             done = state.step / n_steps
             loss: Tensor = objective(queries, keys, index.to(ranks.device), done)
             loss.backward()
             mean_loss = ranks.mean(loss.detach())
             norm = _gradient_norm(encoder)
             if not (math.isfinite(mean_loss) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"step {state.step + 1}: the loss is {mean_loss} and its gradient's norm "
-                    f"{norm}; {run.checkpoint} is from before"
-                )
+                raise _not_finite(run, state, mean_loss, norm)
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.step += 1
@@ -182,20 +176,27 @@ def _end_epoch(
     return state.field.measures()
 
 
-def _check_folder(run: Run, config: TrainConfig, resume: bool, overwrite: bool) -> None:
+def _claim(run: Run, config: TrainConfig, resume: bool, overwrite: bool, wait: bool) -> None:
     """Everything about the run folder that can be refused before anything is written."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    if not resume:
+        run.check_new(overwrite)
+    run.claim(wait)
     if resume:
         check_resumable(run.read_config(), config)
-    else:
-        run.check_new(overwrite)
+        run.check_views()
 
 
-def _load_on_all(config: TrainConfig, ranks: Ranks) -> Data:
-    loaded: list[Data] = []
-    ranks.on_first(lambda: loaded.append(load_data(config)))  # it alone downloads
-    return loaded[0] if loaded else load_data(config)
+def _unreadable(run: Run, config: TrainConfig, resume: bool) -> Skipped:
+    """What the run does without: found out before it begins, and the same to its end."""
+    return run.read_skipped() if resume else find_unreadable(config)
+
+
+def _load_on_all(config: TrainConfig, skipped: Skipped, ranks: Ranks) -> TrainingData:
+    loaded: list[TrainingData] = []
+    ranks.on_first(lambda: loaded.append(load_training(config, skipped)))  # it alone downloads
+    return ranks.together(lambda: loaded[0] if loaded else load_training(config, skipped))
 
 
 def _steps_per_epoch(config: TrainConfig, n_images: int, n_ranks: int) -> int:
@@ -217,79 +218,46 @@ def _steps_per_epoch(config: TrainConfig, n_images: int, n_ranks: int) -> int:
     return config.steps_per_epoch or most
 
 
-def _begin(run: Run, config: TrainConfig, state: State, resume: bool) -> None:
+def _begin(
+    run: Run,
+    config: TrainConfig,
+    state: State,
+    skipped: Skipped,
+    resume: bool,
+    overwrite: bool,
+    wait: bool,
+) -> None:
+    if resume:
+        run.remove_partial()
+    run.require_room(state.size(), overwrite)
     if not resume:
-        run.create(config)
+        run.create(config, skipped, overwrite=overwrite, wait=wait)
+        _tell(run, skipped)
     elif run.read_config() != config:
         run.write_config(config)
     run.open_metrics(state.metrics_size)
 
 
-def _restore(
-    run: Run, config: TrainConfig, state: State, n_images: int, steps_per_epoch: int
-) -> None:
+def _tell(run: Run, skipped: Skipped) -> None:
+    """What might surprise: files that are left out, and that nothing will be evaluated."""
+    count = len(skipped.data_dir) + len(skipped.evaluate_dir)
+    if count:
+        print(f"rkdo: {count} unreadable images are left out: {run.skipped}", file=sys.stderr)
+
+
+def _restore(run: Run, config: TrainConfig, state: State, steps_per_epoch: int) -> None:
     """Put the last checkpoint into `state`; a run killed before its first starts again."""
     saved = run.load_checkpoint()
-    if saved is None:
-        return
-    try:
-        check_resumable(TrainConfig.from_dict(saved["config"], str(run.checkpoint)), config)
-        state.encoder.load_state_dict(saved["encoder"])
-        state.optimizer.load_state_dict(saved["optimizer"])
-        state.step, state.evaluated = saved["step"], saved["evaluated"]
-        state.metrics_size = saved["metrics_size"]
-        state.losses, state.loss_sum = saved["losses"], saved["loss_sum"]
-        if not all(type(loss) is float for loss in (*state.losses, state.loss_sum)):
-            raise ValueError("losses that are not")
-        if (saved["field"] is None) != (state.field is None):
-            raise ValueError("a field where none was, or none")
-        if state.field is not None:
-            state.field.load_state_dict(saved["field"])
-        counts = (state.step, state.evaluated + 1, state.metrics_size, saved["images"])
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError("counts that are not")
-        if state.step and not state.optimizer.state_dict()["state"]:
-            raise ValueError("an optimizer that has not stepped")
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if torch.cuda.is_available() and len(saved["rng"]["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{run.checkpoint} does not fit {run.folder / 'config.json'}") from error
-    if saved["images"] != n_images:
-        raise UserError(
-            f"--data-dir must hold the {saved['images']} training images that the run began with, "
-            f"got {n_images}"
-        )
-    if config.epochs * steps_per_epoch < state.step:
-        raise UserError(
-            f"--epochs must be at least the {math.ceil(state.step / steps_per_epoch)} already "
-            f"begun, got {config.epochs}"
-        )
+    if saved is not None:
+        state.restore(saved, config, run.checkpoint, steps_per_epoch)
 
 
 def _save(run: Run, config: TrainConfig, state: State, ranks: Ranks) -> None:
-    field = state.field and state.field.state_dict()
-    if not ranks.first:
-        return
-    state.metrics_size = run.sync_metrics()
-    run.save_checkpoint(
-        {
-            "config": config.to_dict(),
-            "encoder": state.encoder.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
-            "field": field,
-            "losses": state.losses,
-            "loss_sum": state.loss_sum,
-            "step": state.step,
-            "evaluated": state.evaluated,
-            "metrics_size": state.metrics_size,
-            "images": state.images,
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
-        }
-    )
+    if ranks.first:
+        state.metrics_size = run.sync_metrics()
+    values = state.to_dict(config)
+    if ranks.first:
+        run.save_checkpoint(values)
 
 
 def _evaluation_due(config: TrainConfig, state: State, steps_per_epoch: int, ended: bool) -> bool:
@@ -331,6 +299,15 @@ def _stop_if_asked(
         )
 
 
+def _not_finite(run: Run, state: State, loss: float, norm: float) -> TrainingError:
+    error = TrainingError(
+        f"step {state.step + 1}: the loss is {loss} and its gradient's norm {norm}; "
+        f"{run.checkpoint} is from before"
+    )
+    error.everywhere = True  # both numbers are the same on all ranks
+    return error
+
+
 def _gradient_norm(encoder: nn.Module) -> float:
     gradients = [p.grad for p in encoder.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).item()
@@ -339,4 +316,5 @@ def _gradient_norm(encoder: nn.Module) -> float:
 def _finish(run: Run, config: TrainConfig, state: State) -> None:
     about = {"architecture": "resnet18", "stem": config.stem, "image_size": str(config.size)}
     run.save_encoder(state.encoder.backbone.state_dict(), about)
-    draw_curves(run.read_metrics(), f"{config.method} on {config.dataset}", run.curves)
+    with writing(run.curves):
+        draw_curves(run.read_metrics(), f"{config.method} on {config.dataset}", run.curves)

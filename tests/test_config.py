@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from rkdo.config import CHANGEABLE, TrainConfig, check_resumable
+from rkdo.config import ADDED, CHANGEABLE, TrainConfig, check_resumable
 from rkdo.errors import UserError
 
 
@@ -143,6 +143,18 @@ def test_a_bad_value_in_a_file_is_named_with_the_file():
         TrainConfig.from_dict(values, "run/config.json")
 
 
+def test_a_run_from_before_a_setting_has_its_default():
+    values = TrainConfig(seed=3).to_dict()
+    for name in ADDED:
+        del values[name]
+    assert TrainConfig.from_dict(values, "config.json") == TrainConfig(seed=3)
+
+
+def test_half_precision_needs_single():
+    with pytest.raises(UserError, match="--precision bf16 needs --dtype float32, got float64"):
+        TrainConfig(precision="bf16", dtype="float64")
+
+
 @pytest.mark.parametrize(
     "values", [None, [], {}, {"dataset": "digits"}, {**TrainConfig().to_dict(), "more": 1}]
 )
@@ -160,6 +172,7 @@ OTHER = {
     "checkpoint_every": 7, "temperature_decay": 0.5, "recursion": "snapshot",
     "alpha_schedule": "linear", "alpha_final": 0.1, "history": 2, "field_dtype": "float64",
     "update_every": "epoch", "icon_weight": 0.5, "stop_slope": 0.1, "stop_window": 3,
+    "evaluate_dir": "labelled", "skip_unreadable": True, "precision": "bf16",
 }  # fmt: skip
 ALONG = {  # what a setting needs beside it
     "alpha_final": {"alpha_schedule": "cosine"},
@@ -168,6 +181,8 @@ ALONG = {  # what a setting needs beside it
     "update_every": {"recursion": "dense"},
     "debias": {"icon_weight": 0.5},
     "kernel": {"method": "icon"},
+    "evaluate_dir": {"dataset": "folder"},
+    "skip_unreadable": {"dataset": "folder"},
 }
 
 

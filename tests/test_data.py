@@ -10,20 +10,19 @@ import torch
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision import datasets
-from torchvision.transforms import v2
 
+from rkdo.augment import augmentation
+from rkdo.batches import Batches, PlainViews, TwoViews, loading, plain_view, training_loader
 from rkdo.config import TrainConfig
-from rkdo.data import (
-    Batches,
-    PlainViews,
-    TensorImages,
-    TwoViews,
-    augmentation,
-    load_data,
-    plain_view,
-    training_loader,
-)
+from rkdo.data import Skipped, TensorImages, find_unreadable, load_data, load_training
 from rkdo.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def views_of(images, config, *keys, seed=0):
+    """Both views of the images `keys`, (epoch, index)."""
+    return TwoViews(images, augmentation(config), seed).__getitems__(keys)[:2]
 
 
 def joined(lists):
@@ -68,8 +67,7 @@ def test_an_augmented_digit_stays_the_digit_it_is():
     plain = plain_view(TrainConfig())
     reference = torch.stack([plain(data.train[i])[0].flatten() for i in range(1437)])
     nearest = KNeighborsClassifier(5).fit(reference.numpy(), data.train.labels.numpy())
-    views = TwoViews(data.test, augmentation(TrainConfig()), seed=0)
-    seen = torch.stack([views[0, i][0][0].flatten() for i in range(360)])
+    seen = views_of(data.test, TrainConfig(), *((0, i) for i in range(360)))[0][:, 0].flatten(1)
     assert nearest.score(seen.numpy(), data.test.labels.numpy()) > 0.6
     flipped = nearest.score(seen.view(-1, 32, 32).flip(2).flatten(1), data.test.labels.numpy())
     assert flipped < 0.5  # so flipping, had it been among them, would have shown
@@ -168,7 +166,7 @@ def test_stl10_is_read_from_its_column_major_binaries(tmp_path, monkeypatch):
     assert np.array_equal(data.train.images.numpy(), images["train"])
     assert data.train.labels.tolist() == [label - 1 for label in labels["train"]]
     assert np.array_equal(data.test.images.numpy(), images["test"])
-    assert augmentation(config)(data.train[0]).shape == (3, 64, 64)
+    assert views_of(data.train, config, (0, 3))[0].shape == (1, 3, 64, 64)
     assert plain_view(config)(data.test[0]).shape == (3, 64, 64)
 
 
@@ -190,7 +188,7 @@ def test_a_folder_of_pngs_is_read_pixel_for_pixel(folder):
     assert data.train.labels.tolist() == [0] * 6 + [1] * 6
     written = np.asarray(Image.open(folder / "train" / "dog" / "1.png"))
     assert np.array_equal(data.train[7].permute(1, 2, 0).numpy(), written)
-    assert augmentation(config)(data.train[7]).shape == (3, 16, 16)
+    assert views_of(data.train, config, (0, 7), (0, 1))[0].shape == (2, 3, 16, 16)
     assert plain_view(config)(data.train[7]).shape == (3, 16, 16)
 
 
@@ -228,41 +226,141 @@ def test_missing_images_are_one_line(dataset, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+# --- folders without labels, and with unreadable files --------------------------------------------
+
+
+def folder_config(root, **settings):
+    return TrainConfig(dataset="folder", data_dir=str(root), image_size=16, **settings)
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    root = tmp_path / "any"
+    for i, name in enumerate(["1.png", "deep/er/2.png", "deep/3.jpg", "z/4.png"]):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (9 * i, 9 * i, 9 * i)).save(root / name, quality=100)
+    return root
+
+
+def test_a_folder_without_labels_is_all_its_images(unlabelled):
+    data = load_training(folder_config(unlabelled))
+    assert (len(data.images), data.labels, data.judged) == (4, None, None)
+    assert [int(data.images[i].max()) for i in range(4)] == [0, 18, 9, 27]
+    with pytest.raises(UserError, match=r"has no labels .* --evaluate-dir names a folder that has"):
+        load_data(folder_config(unlabelled))
+
+
+def test_what_has_no_labels_may_be_evaluated_elsewhere(unlabelled, folder):
+    data = load_training(folder_config(unlabelled, evaluate_dir=str(folder)))
+    assert (len(data.images), data.labels) == (4, None)
+    assert (len(data.judged.train), len(data.judged.test), data.judged.classes) == (12, 12, 2)
+    with pytest.raises(UserError, match="--evaluate-dir must hold the folders train and test"):
+        load_training(folder_config(unlabelled, evaluate_dir=str(unlabelled)))
+
+
+def test_what_has_labels_may_be_evaluated_elsewhere_too(folder, tmp_path):
+    other = tmp_path / "other"
+    for part in ("train", "test"):
+        (other / part).mkdir(parents=True)
+        (folder / part / "cat").rename(other / part / "lynx")
+        (folder / part / "dog").rename(other / part / "wolf")
+        for kind in ("cat", "dog"):
+            (folder / part / kind).mkdir()
+            Image.new("L", (16, 16)).save(folder / part / kind / "0.png")
+    data = load_training(folder_config(folder, evaluate_dir=str(other)))
+    assert data.labels.tolist() == [0, 1]  # though two are too few to evaluate on
+    assert len(data.judged.test) == 12
+
+
+def test_flat_folders_train_and_test_say_what_is_missing(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        Image.new("L", (16, 16)).save(tmp_path / part / "0.png")
+    with pytest.raises(UserError, match=r"images without labels: --data-dir .*/train\)"):
+        load_training(folder_config(tmp_path))
+
+
+def test_unreadable_files_are_found_before_anything_is_trained(unlabelled, folder):
+    assert find_unreadable(TrainConfig()) == Skipped()
+    assert find_unreadable(folder_config(unlabelled)) == Skipped()
+    (unlabelled / "deep" / "bad.png").write_bytes(b"no image")
+    (folder / "test" / "cat" / "0.png").write_bytes(b"no image")
+    settings = {"evaluate_dir": str(folder)}
+    with pytest.raises(UserError, match=r"^--data-dir: 1 of 5 images .*deep/bad\.png is not a re"):
+        find_unreadable(folder_config(unlabelled, **settings))
+    (unlabelled / "deep" / "bad.png").unlink()
+    with pytest.raises(UserError, match=r"^--evaluate-dir: 1 of 24 images cannot .*cat/0\.png is"):
+        find_unreadable(folder_config(unlabelled, **settings))
+
+
+def test_an_error_names_the_first_of_many_unreadable_files(tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"9 of 9 .*/4\.png is .*; and 4 more \(--skip-unreadable"):
+        find_unreadable(folder_config(tmp_path))
+
+
+def test_what_is_skipped_is_left_out_wherever_it_is(unlabelled, folder):
+    (unlabelled / "deep" / "bad.png").write_bytes(b"no image")
+    (folder / "train" / "dog" / "3.png").write_bytes(b"no image")
+    config = folder_config(unlabelled, evaluate_dir=str(folder), skip_unreadable=True)
+    skipped = find_unreadable(config)
+    assert skipped == Skipped(("deep/bad.png",), ("train/dog/3.png",))
+    data = load_training(config, skipped)
+    assert len(data.images) == 4
+    assert data.judged.train.labels.tolist() == [0] * 6 + [1] * 5
+    for images in (data.images, data.judged.train):
+        assert all(images[i].shape[0] == 3 for i in range(len(images)))
+
+
+def test_beside_a_gpu_processes_prepare_images_unless_told_otherwise(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert loading(TrainConfig(), CPU) == {"num_workers": 0, "pin_memory": False}
+    assert loading(TrainConfig(), gpu) == {"num_workers": 6, "pin_memory": True}
+    assert loading(TrainConfig(workers=1), gpu) == {"num_workers": 1, "pin_memory": True}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert loading(TrainConfig(), gpu)["num_workers"] == 3
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert loading(TrainConfig(), gpu)["num_workers"] == 8
+
+
 # --- views ----------------------------------------------------------------------------------------
 
 
 def test_views_depend_on_seed_epoch_and_index_alone():
     data = load_data(TrainConfig())
-    augment = augmentation(TrainConfig())
-    views = TwoViews(data.train, augment, seed=7)
-    first, second, index = views[3, 11]
-    assert index == 11
+    views = TwoViews(data.train, augmentation(TrainConfig()), seed=7)
+    first, second, index = views.__getitems__([(3, 11)])
+    assert index.tolist() == [11]
     assert not torch.equal(first, second)
     torch.manual_seed(123)
-    views[0, 0]
-    again = views[3, 11]
-    assert torch.equal(again[0], first)
-    assert torch.equal(again[1], second)
+    again = views.__getitems__([(0, 0), (3, 11), (3, 12)])  # whatever else is in the batch
+    assert torch.equal(again[0][1], first[0])
+    assert torch.equal(again[1][1], second[0])
     same = TensorImages(data.train.images[11].expand(20, -1, -1, -1), torch.zeros(20))
     others = [
-        TwoViews(same, augment, seed)[epoch, index]
-        for seed, epoch, index in [(7, 3, 12), (7, 4, 11), (8, 3, 11)]
+        views_of(same, TrainConfig(), key, seed=seed)[0]
+        for seed, key in [(7, (3, 12)), (7, (4, 11)), (8, (3, 11))]
     ]
-    assert not any(torch.equal(other[0], first) for other in others)
+    assert not any(torch.equal(other, first) for other in others)
 
 
-def test_views_leave_the_global_generator_alone():
+@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
+def test_views_leave_the_global_generators_alone(dataset):
     data = load_data(TrainConfig())
-    before = torch.get_rng_state()
-    TwoViews(data.train, augmentation(TrainConfig()), seed=7)[0, 0]
+    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
+    views_of(data.train, TrainConfig(dataset=dataset), (0, 0))
     assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], numpys)
 
 
 def test_workers_make_the_same_batches():
     data = load_data(TrainConfig())
     batches = Batches(n_images=1437, batch_size=8, steps_per_epoch=2, epochs=2, seed=1, start=1)
-    alone = list(training_loader(data.train, TrainConfig(workers=0), batches))
-    helped = list(training_loader(data.train, TrainConfig(workers=2), batches))
+    alone = list(training_loader(data.train, TrainConfig(workers=0), batches, CPU))
+    helped = list(training_loader(data.train, TrainConfig(workers=2), batches, CPU))
     assert len(alone) == len(helped) == 3
     for a, b in zip(alone, helped, strict=True):
         assert a[0].shape == (8, 3, 32, 32)
@@ -275,29 +373,12 @@ def test_workers_make_the_same_batches():
 def test_batches_say_which_images_they_are_of(workers):
     data = load_data(TrainConfig())
     batches = Batches(n_images=1437, batch_size=8, steps_per_epoch=2, epochs=2, seed=1, start=1)
-    loader = training_loader(data.train, TrainConfig(workers=workers), batches)
+    loader = training_loader(data.train, TrainConfig(workers=workers), batches, CPU)
     for keys, (first, _, index) in zip(batches, loader, strict=True):
         assert index.dtype == torch.int64
         assert index.tolist() == [key[1] for key in keys]
-        alone = TwoViews(data.train, augmentation(TrainConfig()), seed=TrainConfig().seed)
-        assert torch.equal(first[3], alone[keys[3]][0])
-
-
-def test_the_papers_augmentations_reach_both_flips_and_stay_in_range():
-    config = TrainConfig(dataset="cifar10")
-    image = torch.from_numpy(random_images(1, 32, 0)[0])
-    views = torch.stack([TwoViews([image], augmentation(config), 0)[e, 0][0] for e in range(40)])
-    assert views.shape == (40, 3, 32, 32)
-    assert views.dtype == torch.float32
-    assert views.min() >= -1
-    assert views.max() <= 1
-    grey = (views.amax(1) == views.amin(1)).flatten(1).all(1).sum()
-    assert 1 <= grey <= 20  # a fifth, more or less
-    kinds = [type(step) for step in augmentation(config).transforms]
-    assert v2.RandomHorizontalFlip in kinds
-    assert v2.RandomHorizontalFlip not in [
-        type(step) for step in augmentation(TrainConfig()).transforms
-    ]
+        alone = views_of(data.train, TrainConfig(), keys[3], seed=TrainConfig().seed)
+        assert torch.equal(first[3], alone[0][0])
 
 
 def test_the_evaluation_view_of_an_image_of_the_right_size_is_the_image():

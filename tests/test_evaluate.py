@@ -127,6 +127,7 @@ def run(tmp_path):
     config = TrainConfig(device="cpu")
     run = Run(tmp_path / "run")
     run.create(config)
+    run.close()
     encoder = build_encoder(config)
     run.save_checkpoint({"config": config.to_dict(), "encoder": encoder.state_dict(), "step": 7})
     return run

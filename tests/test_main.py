@@ -29,7 +29,7 @@ from rkdo.record import Run
         ("train --out FILE", "must be a folder, FILE is a file"),
         ("train --out FILE/run", "FILE/run cannot be written: Not a directory"),
         ("train --out OUT --dataset cifar10 --data-dir HERE", "HERE holds no intact cifar10"),
-        ("train --out OUT --dataset folder --data-dir HERE", "no HERE/train"),
+        ("train --out OUT --dataset folder --data-dir HERE", "there are none below HERE"),
         ("evaluate", "PATH"),
         ("evaluate OUT", "OUT holds no run"),
         ("evaluate OUT --protocol mine", "--protocol"),
@@ -71,6 +71,7 @@ def test_a_folder_of_something_else_is_not_written_into(tmp_path, capsys):
 def test_resuming_takes_the_settings_of_the_run(tmp_path, monkeypatch):
     run = Run(tmp_path / "run")
     run.create(TrainConfig(method="icon", epochs=3, download=True))
+    run.close()
     calls = []
 
     def train(config, out, **how):
@@ -80,7 +81,7 @@ def test_resuming_takes_the_settings_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("rkdo.train.train", train)
     assert main(["train", "--out", str(run.folder), "--resume", "--epochs", "9"]) == 0
     config = TrainConfig(method="icon", epochs=9, download=True)
-    assert calls == [(config, run.folder, {"resume": True, "overwrite": False})]
+    assert calls == [(config, run.folder, {"resume": True, "overwrite": False, "wait": False})]
 
 
 @pytest.mark.parametrize(

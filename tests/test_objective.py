@@ -102,7 +102,7 @@ def test_each_setting_reaches_the_field(settings, loss):
     config = TrainConfig(
         **{"recursion": "dense", "dtype": "float64", "projection": DIM, **settings}
     )
-    field = TrainingField(config, torch.arange(IMAGES) % 2, ALONE)
+    field = TrainingField(config, IMAGES, torch.arange(IMAGES) % 2, ALONE)
     objective = build_objective(config, field)
     objective(*embeddings(1), INDEX, 0.5)
     given = value_and_gradient(lambda queries, keys: objective(queries, keys, INDEX, 0.5))
@@ -112,7 +112,7 @@ def test_each_setting_reaches_the_field(settings, loss):
 
 def test_a_field_and_icon_share_the_loss():
     config = TrainConfig(recursion="dense", dtype="float64", icon_weight=0.25)
-    field = TrainingField(config, torch.arange(IMAGES) % 2, ALONE)
+    field = TrainingField(config, IMAGES, torch.arange(IMAGES) % 2, ALONE)
     objective = build_objective(config, field)
     given = value_and_gradient(lambda queries, keys: objective(queries, keys, INDEX, 0.0))
     parts = [

@@ -219,7 +219,9 @@ def test_a_machine_that_dies_before_the_rename_leaves_the_last_checkpoint(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", dies_the_second_time)
-        with pytest.raises(OSError, match="died"):
+        with pytest.raises(
+            UserError, match=r"checkpoint\.pt cannot be written: the machine has died"
+        ):
             train(SHORT, folder)
     assert state_of(folder)["step"] == 2
     train(SHORT, folder, resume=True)
@@ -228,7 +230,9 @@ def test_a_machine_that_dies_before_the_rename_leaves_the_last_checkpoint(
 
 
 def test_a_run_without_a_checkpoint_starts_from_the_beginning(quick_run, tmp_path, quick):
-    Run(tmp_path / "run").create(SHORT)
+    run = Run(tmp_path / "run")
+    run.create(SHORT)
+    run.close()
     train(SHORT, tmp_path / "run", resume=True)
     assert_same(state_of(tmp_path / "run"), state_of(quick_run))
 
@@ -267,6 +271,7 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_kept(damage, quick_run, tmp
     folder = tmp_path / "run"
     run = Run(folder)
     run.create(SHORT)
+    run.close()
     whole = (quick_run / "checkpoint.pt").read_bytes()
     match damage:
         case "cut":
@@ -280,7 +285,7 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_kept(damage, quick_run, tmp
         case "other shapes":
             saved = Run(quick_run).load_checkpoint()
             saved["encoder"]["backbone.0.weight"] = torch.zeros(8, 3, 3, 3)
-            torch.save(saved, run.checkpoint)
+            run.save_checkpoint(saved)
     before = contents(folder)
     with pytest.raises(UserError, match=r"checkpoint\.pt (is damaged|is not a|does not fit)"):
         train(SHORT, folder, resume=True)
@@ -289,7 +294,7 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_kept(damage, quick_run, tmp
 
 def test_a_checkpoint_is_tensors_and_primitives_alone(quick_run):
     saved = torch.load(quick_run / "checkpoint.pt", weights_only=True)
-    assert (saved["format"], saved["version"], saved["step"]) == ("rkdo-checkpoint", 2, 6)
+    assert (saved["format"], saved["version"], saved["step"]) == ("rkdo-checkpoint", 3, 6)
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -439,7 +444,7 @@ def test_a_checkpoint_with_a_foreign_value_does_not_fit(damage, quick_run, tmp_p
     quicken(monkeypatch)
     folder = shutil.copytree(quick_run, tmp_path / "run")
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    torch.save({**saved, **damage}, folder / "checkpoint.pt")
+    Run(folder).save_checkpoint({**saved, **damage})
     with pytest.raises(UserError, match=r"does not fit"):
         train(SHORT, folder, resume=True)
 
@@ -467,6 +472,6 @@ def test_a_run_does_not_go_on_with_other_images(quick_run, tmp_path, monkeypatch
     quicken(monkeypatch)
     folder = shutil.copytree(quick_run, tmp_path / "run")
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    torch.save({**saved, "images": saved["images"] + 1}, folder / "checkpoint.pt")
+    Run(folder).save_checkpoint({**saved, "images": saved["images"] + 1})
     with pytest.raises(UserError, match=r"--data-dir must hold the \d+ training images"):
         train(SHORT, folder, resume=True)

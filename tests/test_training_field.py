@@ -28,8 +28,9 @@ import rkdo.encoder
 import rkdo.field
 import rkdo.train
 from rkdo.__main__ import main
+from rkdo.batches import Batches
 from rkdo.config import TrainConfig
-from rkdo.data import Batches, load_data
+from rkdo.data import load_data
 from rkdo.errors import Stopped, UserError
 from rkdo.field import TrainingField, sample
 from rkdo.ranks import Ranks
@@ -131,10 +132,10 @@ def test_schedules_and_icon_resume_to_the_same_bits(tmp_path):
 def test_a_checkpoint_of_another_field_does_not_fit(whole, tmp_path):
     config, folder = whole
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    other = TrainingField(replace(config, projection=8), torch.zeros(9), ALONE)
+    other = TrainingField(replace(config, projection=8), 9, torch.zeros(9), ALONE)
     for field in (None, {}, {"field": {}, "waiting": []}, other.state_dict()):
         run = shutil.copytree(folder, tmp_path / "run", dirs_exist_ok=True)
-        torch.save({**saved, "field": field}, run / "checkpoint.pt")
+        Run(run).save_checkpoint({**saved, "field": field})
         with pytest.raises(UserError, match="does not fit"):
             train(config, run, resume=True)
 
@@ -147,7 +148,7 @@ def test_the_field_takes_up_the_images_that_training_saw(every, tmp_path):
     config = replace(LONG, epochs=1, recursion="dense", update_every=every)
     train(config, tmp_path / "run")
     labels = load_data(config).train.labels
-    trained = TrainingField(config, labels, ALONE)
+    trained = TrainingField(config, len(labels), labels, ALONE)
     trained.load_state_dict(state_of(tmp_path / "run")["field"])
     batches = list(Batches(len(labels), 16, steps_per_epoch=3, epochs=1, seed=config.seed))
     joint = torch.zeros(len(labels), len(labels), dtype=torch.bool)  # seen together
@@ -167,7 +168,7 @@ def batch(seed, index):
 
 def test_by_epoch_the_field_waits_and_takes_up_the_epoch_as_one_batch():
     config = TrainConfig(recursion="dense", dtype="float64", update_every="epoch", projection=8)
-    training, wanted = TrainingField(config, torch.zeros(9), ALONE), dense(9)
+    training, wanted = TrainingField(config, 9, torch.zeros(9), ALONE), dense(9)
     batches = [batch(0, [1, 5, 3]), batch(1, [0, 8, 2])]
     for x in batches:
         loss = training.loss(*x, temperature=0.5, alpha=0.5)
@@ -183,7 +184,7 @@ def test_by_epoch_the_field_waits_and_takes_up_the_epoch_as_one_batch():
 
 def test_by_step_the_field_takes_up_every_batch_at_once():
     config = TrainConfig(recursion="dense", dtype="float64", projection=8)
-    training, wanted = TrainingField(config, torch.zeros(9), ALONE), dense(9)
+    training, wanted = TrainingField(config, 9, torch.zeros(9), ALONE), dense(9)
     for x in (batch(0, [1, 5, 3]), batch(1, [0, 5, 2])):
         loss = training.loss(*x, temperature=0.4, alpha=0.2)
         assert loss.item() == pytest.approx(wanted.loss(*x, temperature=0.4).item(), rel=1e-14)
@@ -233,7 +234,7 @@ def test_a_field_that_no_memory_holds_is_one_line(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at Linux's mappings")
 def test_checkpoints_hold_no_second_field_in_memory(tmp_path):
-    trained = TrainingField(replace(LONG, recursion="dense"), torch.zeros(600).long(), ALONE)
+    trained = TrainingField(replace(LONG, recursion="dense"), 600, torch.zeros(600).long(), ALONE)
     values = trained.state_dict()["field"]
     assert values["matrix"].data_ptr() == trained.field._tensors["matrix"].data_ptr()
     run = Run(tmp_path)
@@ -278,11 +279,11 @@ def share(rank, folder):
     ranks = Ranks(rank, 2, torch.device("cpu"))
     results = {}
     for name, settings in TWO.items():
-        training = TrainingField(TrainConfig(**settings), LABELS, ranks)
+        training = TrainingField(TrainConfig(**settings), len(LABELS), LABELS, ranks)
         losses = run_part(training, range(5))
         saved = training.state_dict()
         assert (saved is None) == (rank == 1)
-        again = TrainingField(TrainConfig(**settings), LABELS, ranks)
+        again = TrainingField(TrainConfig(**settings), len(LABELS), LABELS, ranks)
         again.load_state_dict(torch.load(f"{folder}/{name}.pt", weights_only=True))
         results[name] = {
             "losses": losses, "measures": training.measures(), "saved": saved,
@@ -295,7 +296,7 @@ def test_two_ranks_hold_what_one_holds(tmp_path):
     """In float64; a checkpoint of one rank goes on on two, and is written by one."""
     alone = {}
     for name, settings in TWO.items():
-        training = TrainingField(TrainConfig(**settings), LABELS, ALONE)
+        training = TrainingField(TrainConfig(**settings), len(LABELS), LABELS, ALONE)
         losses, saved = run_part(training, range(5)), copy.deepcopy(training.state_dict())
         torch.save(saved, tmp_path / f"{name}.pt")
         alone[name] = {
@@ -379,16 +380,16 @@ def test_training_that_has_no_window_of_epochs_yet_does_not_stop(tmp_path):
 
 def test_a_sample_is_in_the_order_of_labels_and_spread_over_the_classes():
     labels = torch.tensor([2, 0, 1, 2, 0, 4, 2, 3, 0])
-    assert sample(labels, classes=3, images=2).tolist() == [1, 4, 0, 3, 5]
-    assert sample(labels, classes=1, images=5).tolist() == [1, 4, 8]
-    everything = sample(labels, classes=99, images=99)
+    assert sample(len(labels), labels, classes=3, images=2).tolist() == [1, 4, 0, 3, 5]
+    assert sample(len(labels), labels, classes=1, images=5).tolist() == [1, 4, 8]
+    everything = sample(len(labels), labels, classes=99, images=99)
     assert labels[everything].tolist() == sorted(labels.tolist())
 
 
 def test_measures_are_what_their_definitions_say():
     labels = torch.tensor([0, 1, 0, 1, 1, 0])
     config = TrainConfig(recursion="dense", dtype="float64", projection=8)
-    training = TrainingField(config, labels, ALONE)
+    training = TrainingField(config, len(labels), labels, ALONE)
     assert training.measures() == {"field_entropy": 0.0, "field_purity": 1.0}  # the identity
     training.loss(*batch(0, [5, 1, 2, 3, 0]), temperature=0.2, alpha=0.7)
     p = training.field.rows(torch.arange(6)).double().numpy()
@@ -407,7 +408,7 @@ def test_metrics_tell_of_the_field_at_every_epochs_end(whole):
     entropy = [line["field_entropy"] for line in told]
     assert 0 < entropy[0] < entropy[-1]
     assert all(0 < line["field_purity"] < 1 for line in told)
-    trained = TrainingField(config, load_data(config).train.labels, ALONE)
+    trained = TrainingField(config, 1437, load_data(config).train.labels, ALONE)
     trained.load_state_dict(state_of(folder)["field"])
     assert trained.measures() == {name: told[-1][name] for name in trained.measures()}
 
@@ -437,7 +438,7 @@ def test_a_run_whose_field_cannot_be_drawn_is_one_line(whole, tmp_path, capsys):
 
     assert "--images must be at least 1, got 0" in said("--images", "0")
     assert "cannot be written: Not a directory" in said("--out", str(tmp_path / "file" / "f.png"))
-    torch.save({**saved, "field": {}}, run / "checkpoint.pt")
+    Run(run).save_checkpoint({**saved, "field": {}})
     assert "does not fit" in said()
     (run / "checkpoint.pt").unlink()
     assert "has no checkpoint yet" in said()
