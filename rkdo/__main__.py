@@ -1,4 +1,4 @@
-"""The command line: `rkdo train`, `rkdo evaluate` and `rkdo field`."""
+"""The command line: `rkdo train`, `rkdo evaluate`, `rkdo embed` and `rkdo field`."""
 
 import contextlib
 import difflib
@@ -104,6 +104,16 @@ def _field(run: Path, out: Path | None, classes: int, images: int, data_dir: str
     print(f"written: {path}")
 
 
+def _embed(run: Path, data: Path, out: Path, how: dict[str, Any]) -> None:
+    from rkdo.embed import embed
+
+    made = embed(run, data, out, **how)
+    if made.skipped:
+        print(f"unreadable images skipped: {len(made.skipped)}, the first is {made.skipped[0]}")
+    print(f"{made.count} embeddings of length {made.width}")
+    print(f"written: {', '.join(map(str, made.files))}")
+
+
 def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Command:
     """What `arguments` ask for, ready to be called.
 
@@ -155,6 +165,33 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
         """
         return Command(run, lambda: _evaluate(run, protocol, data_dir, device))
 
+    def embed(
+        run: tyro.conf.Positional[Path],
+        data: Path,
+        out: Path,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        workers: int = 0,
+        batch_size: int = 256,
+        skip_unreadable: bool = False,
+    ) -> Command:
+        """Write the embeddings of a folder's images, in the order of their paths.
+
+        Args:
+            run: Folder of the run, or an encoder.safetensors alone.
+            data: Folder of images, flat or nested.
+            out: X.npy: an array, row i the embedding of the image that line i of X.names.txt
+                names. X.csv: a line an image, its name first.
+            device: Where to compute. auto: a GPU if there is one.
+            workers: Processes that prepare images. 0: this process itself.
+            batch_size: Images that are embedded at once.
+            skip_unreadable: Go on without images that cannot be read, and say how many.
+        """
+        how = {
+            "device": device, "workers": workers, "batch_size": batch_size,
+            "skip_unreadable": skip_unreadable,
+        }  # fmt: skip
+        return Command(run, lambda: _embed(run, data, out, how))
+
     def field(
         run: tyro.conf.Positional[Path],
         out: Path | None = None,
@@ -176,7 +213,9 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
                 raise UserError(f"--{name} must be at least 1, got {value}")
         return Command(run, lambda: _field(run, out, classes, images, data_dir))
 
-    commands: dict[str, Any] = {"train": train, "evaluate": evaluate, "field": field}
+    commands: dict[str, Any] = {
+        "train": train, "evaluate": evaluate, "embed": embed, "field": field,
+    }  # fmt: skip
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
