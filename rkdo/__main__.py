@@ -134,7 +134,7 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
             out: Folder of the run.
             resume: Go on with the run in OUT and its settings. Only epochs (without a schedule),
                 stop-slope, stop-window, evaluate-every, checkpoint-every, workers, device,
-                data-dir and download may be given anew.
+                data-dir, download, csv and tensorboard may be given anew.
             overwrite: Replace the run in OUT.
             wait: While another process trains into OUT, wait until it has ended, as a requeued
                 job should. (On NFS, processes of other hosts are only seen if its locks work.)

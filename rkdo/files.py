@@ -50,6 +50,18 @@ def write_atomically(
         os.close(folder)
 
 
+def append(file: int, content: bytes) -> None:
+    """Append all of `content` to an open file, or on an error nothing."""
+    size = os.fstat(file).st_size
+    try:
+        written = 0
+        while written < len(content):
+            written += os.write(file, content[written:])
+    except OSError:
+        os.ftruncate(file, size)
+        raise
+
+
 def partial_of(path: Path) -> Path:
     """Where `path` is written before it takes its place."""
     return path.with_name(f".{path.name}.partial")

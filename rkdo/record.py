@@ -2,6 +2,7 @@
 
 config.json            settings, versions, commit; what makes a folder a run
 metrics.jsonl          a line per step and per evaluation
+metrics.csv            the same, and events.out.tfevents.* for TensorBoard, if asked for
 checkpoint.pt          everything needed to go on
 curves.png             loss and metrics over the steps
 field.png              the response field, if the run has one and it was asked for
@@ -16,7 +17,7 @@ import os
 import platform
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from torch import Tensor
 from rkdo import checkpoint, unexpected
 from rkdo.config import TrainConfig
 from rkdo.errors import UserError
-from rkdo.files import parse_json, partial_of, require_room, write_atomically, write_json, writing
+from rkdo.files import append, parse_json, partial_of, require_room, write_atomically, write_json, writing
 from rkdo.lock import NAME as LOCK
 from rkdo.lock import FolderLock
+from rkdo.logs import CSV, Log, remove_events
 
 PACKAGES = ("rkdo-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn")
 OURS = (  # in the order in which --overwrite removes them
     "checkpoint.pt",
     "metrics.jsonl",
+    CSV,
     "curves.png",
     "field.png",
     "encoder.safetensors",
@@ -55,6 +58,7 @@ class Run:
         self.field = folder / "field.png"
         self.encoder = folder / "encoder.safetensors"
         self._lock = FolderLock(folder)
+        self._logs: list[Log] = []
         self._lines: int | None = None  # file descriptor: a buffer would be written when closing
 
     def claim(self, wait: bool) -> None:
@@ -93,6 +97,7 @@ class Run:
         with writing(self.folder):
             for name in OURS:
                 (self.folder / name).unlink(missing_ok=True)
+            remove_events(self.folder)
         self.remove_partial()
         self.write_config(config)
 
@@ -126,8 +131,9 @@ class Run:
         config = values.get("config") if isinstance(values, dict) else None
         return TrainConfig.from_dict(config, str(path))
 
-    def open_metrics(self, size: int) -> None:
-        """Go on writing metrics after the first `size` bytes, which the checkpoint vouches for.
+    def open_metrics(self, size: int, logs: Sequence[Log] = ()) -> None:
+        """Go on writing metrics after the first `size` bytes, which the checkpoint vouches for;
+        `logs` follow.
 
         Raises:
             UserError: the file is shorter than that, or not what `write_metrics` writes.
@@ -137,6 +143,10 @@ class Run:
         with writing(self.metrics):
             self._lines = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.ftruncate(self._lines, size)
+            (self.folder / CSV).unlink(missing_ok=True)  # not to disagree if it is not in `logs`
+        for log in logs:
+            self._logs.append(log)
+            log.begin()
 
     def _check_metrics(self, size: int) -> None:
         found = self._metrics_bytes()[:size]
@@ -171,25 +181,25 @@ class Run:
         """Append a line: all of it, or on an error nothing."""
         assert self._lines is not None
         line = json.dumps(values).encode() + b"\n"
-        size = os.fstat(self._lines).st_size
         with writing(self.metrics):
-            try:
-                written = 0
-                while written < len(line):
-                    written += os.write(self._lines, line[written:])
-            except OSError:
-                os.ftruncate(self._lines, size)
-                raise
+            append(self._lines, line)
+        for log in self._logs:
+            log.add(values)
 
     def sync_metrics(self) -> int:
         """Put the metrics on the disk; their size in bytes."""
         assert self._lines is not None
         with writing(self.metrics):
             os.fsync(self._lines)
+        for log in self._logs:
+            log.sync()
         return os.fstat(self._lines).st_size
 
     def close(self) -> None:
         """End writing, and let others write."""
+        for log in self._logs:
+            log.close()
+        self._logs = []
         if self._lines is not None:
             os.close(self._lines)
             self._lines = None

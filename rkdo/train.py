@@ -19,6 +19,7 @@ from rkdo.evaluate import evaluate
 from rkdo.field import TrainingField
 from rkdo.files import writing
 from rkdo.interrupt import StopRequest, listening
+from rkdo.logs import make_logs
 from rkdo.objective import build_objective
 from rkdo.ranks import Ranks, average_gradients, joined_ranks
 from rkdo.record import Run
@@ -210,6 +211,7 @@ def _steps_per_epoch(config: TrainConfig, n_images: int, n_ranks: int) -> int:
 def _begin(
     run: Run, config: TrainConfig, state: State, resume: bool, overwrite: bool, wait: bool
 ) -> None:
+    logs = make_logs(config, run.folder, run.read_metrics)
     if resume:
         run.remove_partial()
     run.require_room(state.size(), overwrite)
@@ -217,7 +219,7 @@ def _begin(
         run.create(config, overwrite=overwrite, wait=wait)
     elif run.read_config() != config:
         run.write_config(config)
-    run.open_metrics(state.metrics_size)
+    run.open_metrics(state.metrics_size, logs)
 
 
 def _restore(run: Run, config: TrainConfig, state: State, steps_per_epoch: int) -> None:

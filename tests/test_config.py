@@ -160,6 +160,7 @@ OTHER = {
     "checkpoint_every": 7, "temperature_decay": 0.5, "recursion": "snapshot",
     "alpha_schedule": "linear", "alpha_final": 0.1, "history": 2, "field_dtype": "float64",
     "update_every": "epoch", "icon_weight": 0.5, "stop_slope": 0.1, "stop_window": 3,
+    "csv": True, "tensorboard": True,
 }  # fmt: skip
 ALONG = {  # what a setting needs beside it
     "alpha_final": {"alpha_schedule": "cosine"},

@@ -2,9 +2,11 @@
 
 import csv
 import os
+import resource
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -73,39 +75,46 @@ def python(*arguments, **more):
 
 TWO_LINES = """
 import sys, torch, rkdo
-from PIL import Image
-from rkdo.images import find_images, read_image
 from pathlib import Path
+from PIL import Image
 
-torch.manual_seed(7)
+run, images = sys.argv[1:]
 state = torch.get_rng_state()
-encoder = rkdo.load_encoder(sys.argv[1], device="cpu")
-paths = find_images(Path(sys.argv[2]) / "test")
-views = torch.stack([encoder.transform(read_image(path)) for path in paths])
-assert all(torch.equal(encoder.transform(path), view) for path, view in zip(paths, views))
-assert all(torch.equal(encoder.transform(str(path)), view) for path, view in zip(paths, views))
-assert all(torch.equal(encoder.transform(Image.open(path)), view) for path, view in zip(paths, views))
+encoder = rkdo.load_encoder(run, device="cpu")
+paths = sorted(Path(images).rglob("*.png"))
+views = torch.stack([encoder.transform(path) for path in paths])
+for path, view in zip(paths, views, strict=True):
+    assert torch.equal(encoder.transform(str(path)), view)
+    assert torch.equal(encoder.transform(Image.open(path)), view)
 with torch.no_grad():
     rows = encoder(views)
 assert not encoder.training and not encoder.backbone.bn1.training
 assert torch.equal(torch.get_rng_state(), state)
 assert rows.shape == (len(paths), encoder.width)
-torch.save((rows, encoder.stem, encoder.image_size), sys.argv[3])
+torch.save((rows, encoder.stem, encoder.image_size), run + ".rows")
 """
+
+
+@pytest.fixture(scope="module")
+def loaded(runs, folder):
+    """What a fresh process computes of the test images: from each run's folder, and from its
+    encoder's file alone."""
+    paths = []
+    for kind, (run, _) in runs.items():
+        alone = run.parent / "renamed.safetensors"
+        alone.write_bytes((run / "encoder.safetensors").read_bytes())
+        paths += [run, alone]
+    each = "\n".join(f"sys.argv[1] = {str(path)!r}\n{TWO_LINES}" for path in paths)
+    process = python("-c", f"import sys\n{each}", "", str(folder / "test"))
+    assert process.returncode == 0, process.stderr
+    return {path: torch.load(f"{path}.rows") for path in paths}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alone", [False, True], ids=["folder", "file alone"])
-def test_two_lines_in_a_fresh_process_give_what_evaluation_computes(
-    kind, alone, runs, folder, tmp_path
-):
+def test_two_lines_in_a_fresh_process_give_what_evaluation_computes(kind, alone, runs, loaded):
     run, truth = runs[kind]
-    if alone:
-        (tmp_path / "renamed.safetensors").write_bytes((run / "encoder.safetensors").read_bytes())
-        run = tmp_path / "renamed.safetensors"
-    process = python("-c", TWO_LINES, str(run), str(folder), str(tmp_path / "rows"))
-    assert process.returncode == 0, process.stderr
-    rows, stem, size = torch.load(tmp_path / "rows")
+    rows, stem, size = loaded[run.parent / "renamed.safetensors" if alone else run]
     assert (stem, size) == (KINDS[kind].get("stem", "imagenet"), KINDS[kind].get("image_size", 32))
     assert rows.dtype == (torch.float64 if kind == "float64" else torch.float32)
     assert np.array_equal(rows.double().numpy(), truth)
@@ -175,7 +184,9 @@ def test_what_is_no_encoder_is_one_line(run, tmp_path):
     good = (run / "encoder.safetensors").read_bytes()
     for content in (b"", b"x", good[:100], good[:-8], b"\xff" * 64):
         (tmp_path / "bad.safetensors").write_bytes(content)
-        assert "bad.safetensors is damaged or not a safetensors" in said(tmp_path / "bad.safetensors")
+        assert "bad.safetensors is damaged or not a safetensors" in said(
+            tmp_path / "bad.safetensors"
+        )
     unfinished.encoder.write_bytes((run / "encoder.safetensors").read_bytes())
     unfinished.write_config(TrainConfig(stem="cifar"))
     assert "does not fit" in said(unfinished.folder)
@@ -219,28 +230,36 @@ def test_the_command_line_starts_without_pytorch():
 # ---- rkdo embed ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_embeddings_are_those_of_evaluation_in_a_fresh_process(
-    kind, workers, runs, folder, tmp_path
-):
-    run, truth = runs[kind]
+def embed(run, data, out, *more):
+    return main(
+        ["embed", str(run), "--data", str(data), "--out", str(out), "--device", "cpu", *more]
+    )
+
+
+def test_embeddings_are_those_of_evaluation_in_a_fresh_process(runs, folder, tmp_path):
+    run, truth = runs["imagenet"]
     out = tmp_path / "x.npy"
     process = python(
         "-m", "rkdo", "embed", str(run), "--data", str(folder / "test"), "--out", str(out),
-        "--device", "cpu", "--workers", str(workers),
+        "--device", "cpu", "--workers", "2",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1] == f"written: {out}, {tmp_path / 'x.names.txt'}"
+    assert process.stderr == ""
+    assert process.stdout.splitlines() == [
+        "20 embeddings of length 512", f"written: {out}, {tmp_path / 'x.names.txt'}"
+    ]  # fmt: skip
     assert np.array_equal(np.load(out).astype(np.float64), truth)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_run_is_embedded(kind, runs, folder, tmp_path):
+    run, truth = runs[kind]
+    assert embed(run / "encoder.safetensors", folder / "test", tmp_path / "x.npy") == 0
+    assert np.array_equal(np.load(tmp_path / "x.npy").astype(np.float64), truth)
     names = (tmp_path / "x.names.txt").read_text().splitlines()
     found = sorted((folder / "test").rglob("*.png"))
     assert names == [path.relative_to(folder / "test").as_posix() for path in found]
     assert sorted(os.listdir(tmp_path)) == ["x.names.txt", "x.npy"]
-
-
-def embed(run, data, out, *more):
-    return main(["embed", str(run), "--data", str(data), "--out", str(out), "--device", "cpu", *more])
 
 
 @pytest.mark.parametrize("kind", ["imagenet", "float64"])
@@ -340,31 +359,34 @@ def test_nothing_readable_is_one_line(run, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["images"]
 
 
+@contextmanager
+def limit_on_files(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 OLD = {"x.npy": b"old array", "x.names.txt": b"old names", "x.csv": b"old lines"}
 
 
 @pytest.mark.parametrize("out", ["x.npy", "x.csv"])
 @pytest.mark.parametrize("limit", [10, 3000], ids=["at once", "in the array"])
-def test_a_full_disk_leaves_what_was_there(out, limit, run, tmp_path):
+def test_a_full_disk_leaves_what_was_there(out, limit, run, tmp_path, capsys):
     """A limit on files' size, which the system reports as it does a full disk."""
     images = tmp_path / "images"
     scatter(images)
     for name, content in OLD.items():
         (tmp_path / name).write_bytes(content)
-    code = f"""
-import resource, signal, sys
-from rkdo.__main__ import main
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.exit(main(sys.argv[1:]))
-"""
-    process = python(
-        "-c", code, "embed", str(run), "--data", str(images), "--out", str(tmp_path / out),
-        "--device", "cpu",
-    )  # fmt: skip
-    assert process.returncode == 2, process.stderr
-    assert process.stderr.count("\n") == 1
-    assert "cannot be written: File too large" in process.stderr
+    with limit_on_files(limit):
+        assert embed(run, images, tmp_path / out) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "cannot be written: File too large" in said
     found = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert found == OLD
 
