@@ -14,8 +14,6 @@ from urllib.error import URLError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
@@ -97,6 +95,9 @@ def load_data(config: TrainConfig) -> Data:
 
 def _digits(size: int) -> tuple[Images, Images]:
     """scikit-learn's 1,797 handwritten digits, enlarged from 8×8; one in five is for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
     grey = F.interpolate(grey, size=(size, size), mode="bicubic", antialias=True)

@@ -88,10 +88,8 @@ def load_encoder(run: str | Path, *, device: str | torch.device = "auto") -> Loa
         UserError: `run` is no such folder or file, its training has not ended yet, or there is no
             such device.
     """
-    path, config = _find(Path(run))
+    path = _find(Path(run))
     saved = _read(path)
-    if config is not None and (config.stem, config.size) != (saved.stem, saved.image_size):
-        raise UserError(f"{path} does not fit {path.parent / 'config.json'}")
     with torch.device("meta"):  # draws no random numbers
         backbone = Encoder(saved.stem).backbone
     try:
@@ -108,16 +106,18 @@ class _Saved:
     tensors: dict[str, Tensor]
 
 
-def _find(run: Path) -> tuple[Path, TrainConfig | None]:
-    """The file of the encoder, and the settings of the run if its folder was named."""
+def _find(run: Path) -> Path:
+    """The file of the encoder, which says all that is needed: settings change between versions."""
     if not run.exists():
         raise UserError(f"{run} is neither the folder of a run nor its encoder.safetensors")
     if not run.is_dir():
-        return run, None
-    config = Run(run).read_config()
-    if not Run(run).encoder.exists():
-        raise UserError(f"{run} has no encoder.safetensors yet: it is written when training ends")
-    return Run(run).encoder, config
+        return run
+    encoder = Run(run).encoder
+    if encoder.exists():
+        return encoder
+    if (run / "config.json").exists():
+        raise UserError(f"{run} has no {encoder.name} yet: it is written when training ends")
+    raise UserError(f"{run} holds no run: no {encoder}")
 
 
 def _read(path: Path) -> _Saved:

@@ -28,7 +28,15 @@ from torch import Tensor
 from rkdo import checkpoint, unexpected
 from rkdo.config import TrainConfig
 from rkdo.errors import UserError
-from rkdo.files import append, parse_json, partial_of, require_room, write_atomically, write_json, writing
+from rkdo.files import (
+    append,
+    parse_json,
+    partial_of,
+    require_room,
+    write_atomically,
+    write_json,
+    writing,
+)
 from rkdo.lock import NAME as LOCK
 from rkdo.lock import FolderLock
 from rkdo.logs import CSV, Log, remove_events

@@ -57,6 +57,7 @@ def runs(folder, tmp_path_factory):
             train(config, run.folder)
         encoder = build_encoder(config).to(getattr(torch, config.dtype))
         encoder.load_state_dict(run.load_checkpoint()["encoder"])
+        run.checkpoint.unlink()  # it has 130 MB, and nothing below needs it
         made[kind] = run.folder, extract(encoder.backbone, load_data(config).test, config)
     return made
 
@@ -100,7 +101,7 @@ def loaded(runs, folder):
     """What a fresh process computes of the test images: from each run's folder, and from its
     encoder's file alone."""
     paths = []
-    for kind, (run, _) in runs.items():
+    for run, _ in runs.values():
         alone = run.parent / "renamed.safetensors"
         alone.write_bytes((run / "encoder.safetensors").read_bytes())
         paths += [run, alone]
@@ -118,6 +119,12 @@ def test_two_lines_in_a_fresh_process_give_what_evaluation_computes(kind, alone,
     assert (stem, size) == (KINDS[kind].get("stem", "imagenet"), KINDS[kind].get("image_size", 32))
     assert rows.dtype == (torch.float64 if kind == "float64" else torch.float32)
     assert np.array_equal(rows.double().numpy(), truth)
+
+
+def test_an_encoder_of_another_version_of_rkdo_is_loaded(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"a setting": "of another version"}}')
+    (tmp_path / "encoder.safetensors").write_bytes((run / "encoder.safetensors").read_bytes())
+    assert rkdo.load_encoder(tmp_path, device="cpu").image_size == 32
 
 
 def test_an_encoder_is_a_module_like_any_other(run, runs):
@@ -187,9 +194,6 @@ def test_what_is_no_encoder_is_one_line(run, tmp_path):
         assert "bad.safetensors is damaged or not a safetensors" in said(
             tmp_path / "bad.safetensors"
         )
-    unfinished.encoder.write_bytes((run / "encoder.safetensors").read_bytes())
-    unfinished.write_config(TrainConfig(stem="cifar"))
-    assert "does not fit" in said(unfinished.folder)
     assert "--device cuda" in said(run, device="cuda") or torch.cuda.is_available()
     assert "device tpu cannot be used" in said(run, device="tpu")
 
@@ -220,11 +224,6 @@ def test_a_foreign_file_is_one_line(tensors, about, said, tmp_path):
         rkdo.load_encoder(path, device="cpu")
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_the_command_line_starts_without_pytorch():
-    code = "import sys, rkdo, rkdo.__main__; print([m for m in ('torch', 'numpy') if m in sys.modules])"
-    assert python("-c", code).stdout == "[]\n"
 
 
 # ---- rkdo embed ----------------------------------------------------------------------------------

@@ -28,9 +28,7 @@ def _quick(monkeypatch):
 def rows_of(folder):
     """The rows of metrics.csv as the lines of metrics.jsonl."""
     header, *rows = csv.reader((folder / CSV).open(newline=""))
-    return [
-        {name: json.loads(x) for name, x in zip(header, row, strict=True) if x} for row in rows
-    ]
+    return [{name: json.loads(x) for name, x in zip(header, row, strict=True) if x} for row in rows]
 
 
 def assert_csv_agrees(folder):
