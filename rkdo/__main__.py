@@ -1,4 +1,4 @@
-"""The command line: `rkdo train`, `rkdo evaluate`, `rkdo field` and `rkdo check-data`."""
+"""The command line: `rkdo train`, `evaluate`, `embed`, `field` and `check-data`."""
 
 import contextlib
 import difflib
@@ -106,7 +106,7 @@ def _evaluate(
 def _check_data(folder: Path) -> None:
     from rkdo.images import find_images, unreadable
 
-    paths = find_images(folder)
+    paths = find_images(folder, "FOLDER")
     faults = unreadable(paths)
     for path, why in faults.items():
         print(path, why)
@@ -120,6 +120,16 @@ def _field(run: Path, out: Path | None, classes: int, images: int, data_dir: str
 
     path = picture(run, out, classes=classes, images=images, data_dir=data_dir)
     print(f"written: {path}")
+
+
+def _embed(run: Path, data: Path, out: Path, how: dict[str, Any]) -> None:
+    from rkdo.embed import embed
+
+    made = embed(run, data, out, **how)
+    if made.skipped:
+        print(f"unreadable images skipped: {len(made.skipped)}, the first is {made.skipped[0]}")
+    print(f"{made.count} embeddings of length {made.width}")
+    print(f"written: {', '.join(map(str, made.files))}")
 
 
 def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Command:
@@ -142,7 +152,7 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
             out: Folder of the run.
             resume: Go on with the run in OUT and its settings. Only epochs (without a schedule),
                 stop-slope, stop-window, evaluate-every, checkpoint-every, workers, device,
-                data-dir and download may be given anew.
+                data-dir, download, csv and tensorboard may be given anew.
             overwrite: Replace the run in OUT.
             wait: While another process trains into OUT, wait until it has ended, as a requeued
                 job should. (On NFS, processes of other hosts are only seen if its locks work.)
@@ -175,6 +185,33 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
         """
         return Command(run, lambda: _evaluate(run, protocol, data_dir, evaluate_dir, device))
 
+    def embed(
+        run: tyro.conf.Positional[Path],
+        data: Path,
+        out: Path,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        workers: int = 0,
+        batch_size: int = 256,
+        skip_unreadable: bool = False,
+    ) -> Command:
+        """Write the embeddings of a folder's images, in the order of their paths.
+
+        Args:
+            run: Folder of the run, or an encoder.safetensors alone.
+            data: Folder of images, flat or nested.
+            out: X.npy: an array, row i the embedding of the image that line i of X.names.txt
+                names. X.csv: a line an image, its name first.
+            device: Where to compute. auto: a GPU if there is one.
+            workers: Processes that prepare images. 0: this process itself.
+            batch_size: Images that are embedded at once.
+            skip_unreadable: Go on without images that cannot be read, and say how many.
+        """
+        how = {
+            "device": device, "workers": workers, "batch_size": batch_size,
+            "skip_unreadable": skip_unreadable,
+        }  # fmt: skip
+        return Command(run, lambda: _embed(run, data, out, how))
+
     def field(
         run: tyro.conf.Positional[Path],
         out: Path | None = None,
@@ -205,7 +242,8 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
         return Command(folder, lambda: _check_data(folder))
 
     commands: dict[str, Any] = {
-        "train": train, "evaluate": evaluate, "field": field, "check-data": check_data,
+        "train": train, "evaluate": evaluate, "embed": embed, "field": field,
+        "check-data": check_data,
     }  # fmt: skip
     complaint = io.StringIO()
     try:

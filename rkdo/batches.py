@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from rkdo.augment import Augment, augmentation, draws
 from rkdo.config import TrainConfig
 from rkdo.data import Images
-from rkdo.workers import Loader
+from rkdo.workers import Loader, hand_over
 
 WORKERS = 8  # beside a GPU, at most
 
@@ -114,7 +114,7 @@ def training_loader(
     return Loader(
         TwoViews(images, augmentation(config), config.seed),
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists will do
-        collate_fn=_handed_over,
+        collate_fn=_hand_over,
         generator=torch.Generator(),  # its own, so that starting it draws nothing from the run's
         **loading(config, device),
     )
@@ -142,7 +142,5 @@ def loading(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     return {"num_workers": workers, "pin_memory": gpu}
 
 
-def _handed_over(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """As it is. In a worker it is put into shared memory here, where an error is raised: the thread
-    that would do it later only prints it, and the training process would wait for ever."""
-    return tuple(x.share_memory_() for x in batch) if get_worker_info() else batch
+def _hand_over(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(map(hand_over, batch))

@@ -15,7 +15,7 @@ HISTORY = 4
 CHANGEABLE = frozenset(
     {
         "epochs", "stop_slope", "stop_window", "evaluate_every", "checkpoint_every", "workers",
-        "data_dir", "evaluate_dir", "download", "device",
+        "data_dir", "evaluate_dir", "download", "device", "csv", "tensorboard",
     }
 )  # fmt: skip
 # Settings that are read only beside certain values of other settings.
@@ -157,6 +157,10 @@ class TrainConfig:
     """Epochs between evaluations. 0: only before and after training."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
+    csv: bool = False
+    """Keep metrics.csv beside metrics.jsonl, with the same lines."""
+    tensorboard: bool = False
+    """Write events for TensorBoard into the run's folder."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

@@ -9,8 +9,6 @@ from urllib.error import URLError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 
@@ -186,6 +184,9 @@ def is_labelled(root: Path) -> bool:
 
 def _digits(size: int) -> Data:
     """scikit-learn's 1,797 handwritten digits, enlarged from 8×8; one in five is for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
     grey = F.interpolate(grey, size=(size, size), mode="bicubic", antialias=True)

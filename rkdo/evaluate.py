@@ -1,4 +1,8 @@
-"""How good an encoder's representation is, by scikit-learn's measures."""
+"""How good an encoder's representation is, by scikit-learn's measures.
+
+scikit-learn takes a second to be imported: functions do that, so that who needs none of its
+measures does not wait for it.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -9,15 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import trustworthiness
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.model_selection import train_test_split
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from rkdo.batches import evaluation_loader
@@ -31,12 +26,14 @@ from rkdo.record import Run, write_json
 Array = NDArray[np.generic]
 
 NEIGHBOURS = 5
+DRAWS = 100  # of one label a class: one draw may be lucky
 TRUSTED_IMAGES = 2000  # trustworthiness compares all pairs: more images would take gigabytes
 PAPER_BATCHES = 11
 
 # What each metric is called in a table.
 LABELS = {
     "linear_probe": "linear probe accuracy",
+    "one_label": "accuracy with one label a class",
     "knn": "5-NN accuracy",
     "nmi": "k-means NMI",
     "ari": "k-means ARI",
@@ -51,6 +48,9 @@ def evaluate(encoder: Encoder, data: Data, config: TrainConfig) -> dict[str, flo
     Neighbours and clusters are those of unit features; trustworthiness compares the neighbours
     among the first 2,000 test images with those of the images' pixels.
     """
+    from sklearn.manifold import trustworthiness
+    from sklearn.neighbors import KNeighborsClassifier
+
     train, train_labels = extract(encoder.backbone, data.train, config), _labels(data.train)
     test, test_labels = extract(encoder.backbone, data.test, config), _labels(data.test)
     probe = _probe().fit(train, train_labels)
@@ -58,6 +58,7 @@ def evaluate(encoder: Encoder, data: Data, config: TrainConfig) -> dict[str, flo
     knn = KNeighborsClassifier(NEIGHBOURS).fit(train, train_labels)
     return {
         "linear_probe": float(probe.score(test, test_labels)),
+        "one_label": one_label(train, train_labels, unit, test_labels),
         "knn": float(knn.score(unit, test_labels)),
         **clustering(unit, test_labels, data.classes, config.seed),
         "neighbour_agreement": neighbour_agreement(unit, test_labels),
@@ -76,6 +77,9 @@ def evaluate_as_paper(encoder: Encoder, data: Data, config: TrainConfig) -> dict
 
     The probe learns on 80 % of them and is scored on the other 20 %.
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
+
     count = PAPER_BATCHES * config.batch_size
     embeddings = extract(encoder, data.test, config, count)
     labels = _labels(data.test)[:count]
@@ -153,6 +157,10 @@ def extract(
 
 def clustering(features: Array, labels: Array, classes: int, seed: int) -> dict[str, float]:
     """Agreement of k-means with the labels."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
     with warnings.catch_warnings():  # fewer distinct points than clusters: a collapsed encoder
         warnings.simplefilter("ignore", ConvergenceWarning)
         means = KMeans(min(classes, len(labels)), n_init=10, random_state=seed % 2**32)
@@ -165,12 +173,30 @@ def clustering(features: Array, labels: Array, classes: int, seed: int) -> dict[
 
 def neighbour_agreement(features: Array, labels: Array) -> float:
     """Share of an image's 5 nearest neighbours, itself aside, that have its label."""
+    from sklearn.neighbors import NearestNeighbors
+
     nearest = NearestNeighbors(n_neighbors=NEIGHBOURS).fit(features)
     neighbours = nearest.kneighbors(return_distance=False)  # [n, 5], without the point itself
     return float((labels[neighbours] == labels[:, None]).mean())
 
 
+def one_label(train: Array, train_labels: Array, test: Array, test_labels: Array) -> float:
+    """Accuracy where one training image of each class has a label, and a test image gets that of
+    the one most like it, of unit features; the mean over 100 draws of the labelled ones."""
+    scores = []
+    for draw in range(DRAWS):
+        order = np.random.default_rng(draw).permutation(len(train_labels))
+        kinds, first = np.unique(train_labels[order], return_index=True)
+        nearest = np.dot(test, train[order[first]].T).argmax(1)
+        scores.append((kinds[nearest] == test_labels).mean())
+    return float(np.mean(scores))
+
+
 def _probe():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
 
 

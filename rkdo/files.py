@@ -50,6 +50,18 @@ def write_atomically(
         os.close(folder)
 
 
+def append(file: int, content: bytes) -> None:
+    """Append all of `content` to an open file, or on an error nothing."""
+    size = os.fstat(file).st_size
+    try:
+        written = 0
+        while written < len(content):
+            written += os.write(file, content[written:])
+    except OSError:
+        os.ftruncate(file, size)
+        raise
+
+
 def partial_of(path: Path) -> Path:
     """Where `path` is written before it takes its place."""
     return path.with_name(f".{path.name}.partial")
@@ -76,8 +88,9 @@ def parse_json(text: bytes, source: Path, what: str = "") -> Any:
         raise UserError(f"{source} {what or 'is'} not JSON: {error}") from error
 
 
-def require_room(folder: Path, size: int, freed: int = 0) -> None:
-    """That `size` bytes more fit where `folder` is or will be, once `freed` have been removed.
+def require_room(folder: Path, size: int, freed: int = 0, what: str = "a checkpoint") -> None:
+    """That `size` bytes more, for `what`, fit where `folder` is or will be, once `freed` have been
+    removed.
 
     Raises:
         UserError: they do not. A quota is not seen: it shows when writing.
@@ -88,6 +101,6 @@ def require_room(folder: Path, size: int, freed: int = 0) -> None:
     free = shutil.disk_usage(there).free + freed
     if free < size:
         raise UserError(
-            f"{folder} needs {size / 1e6:.1f} MB for a checkpoint, and its disk has "
+            f"{folder} needs {size / 1e6:.1f} MB for {what}, and its disk has "
             f"{free / 1e6:.1f} MB left: no space left on device"
         )

@@ -21,30 +21,31 @@ DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 OF_16_BITS = ("PNG", "PPM")  # which Pillow may open as mode I, 0 to 65,535
 
 
-def find_images(folder: Path) -> list[Path]:
+def find_images(folder: Path, name: str = "--data-dir") -> list[Path]:
     """The files below `folder` whose names are those of images, by their path; hidden ones aside.
+    `name` is what the folder is called in an error.
 
     Raises:
         UserError: there is no such folder, it cannot be listed, or it holds no images.
     """
     if not folder.is_dir():
-        raise UserError(f"--data-dir must be a folder of images, there is no folder {folder}")
+        raise UserError(f"{name} must be a folder of images, there is no folder {folder}")
     found: list[Path] = []
     seen: set[str] = set()  # a link may lead back up
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"--data-dir: {error.filename} cannot be listed: {error.strerror}")
+        raise UserError(f"{name}: {error.filename} cannot be listed: {error.strerror}")
 
     for root, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
         if real not in seen:
-            names = (name for name in files if not name.startswith("."))
-            found += [Path(root, name) for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+            shown = (file for file in files if not file.startswith("."))
+            found += [Path(root, file) for file in shown if file.lower().endswith(IMG_EXTENSIONS)]
         seen.add(real)
     if not found:
         kinds = " ".join(extension.lstrip(".") for extension in IMG_EXTENSIONS)
-        raise UserError(f"--data-dir must hold images ({kinds}), there are none below {folder}")
+        raise UserError(f"{name} must hold images ({kinds}), there are none below {folder}")
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 

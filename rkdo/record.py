@@ -3,6 +3,7 @@
 config.json            settings, versions, commit; what makes a folder a run
 skipped.json           unreadable images that it does without, if there are any
 metrics.jsonl          a line per step and per evaluation
+metrics.csv            the same, and events.out.tfevents.* for TensorBoard, if asked for
 checkpoint.pt          everything needed to go on
 curves.png             loss and metrics over the steps
 field.png              the response field, if the run has one and it was asked for
@@ -17,7 +18,7 @@ import os
 import platform
 import struct
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -31,15 +32,25 @@ from rkdo.augment import VIEWS
 from rkdo.config import TrainConfig
 from rkdo.data import Skipped
 from rkdo.errors import UserError
-from rkdo.files import parse_json, partial_of, require_room, write_atomically, write_json, writing
+from rkdo.files import (
+    append,
+    parse_json,
+    partial_of,
+    require_room,
+    write_atomically,
+    write_json,
+    writing,
+)
 from rkdo.lock import NAME as LOCK
 from rkdo.lock import FolderLock
+from rkdo.logs import CSV, Log, remove_events
 
 PACKAGES = ("rkdo-kernels", "torch", "torchvision", "triton", "numpy", "scikit-learn")
 OURS = (  # in the order in which --overwrite removes them
     "checkpoint.pt",
     "skipped.json",
     "metrics.jsonl",
+    CSV,
     "curves.png",
     "field.png",
     "encoder.safetensors",
@@ -61,6 +72,7 @@ class Run:
         self.field = folder / "field.png"
         self.encoder = folder / "encoder.safetensors"
         self._lock = FolderLock(folder)
+        self._logs: list[Log] = []
         self._lines: int | None = None  # file descriptor: a buffer would be written when closing
 
     def claim(self, wait: bool) -> None:
@@ -106,6 +118,7 @@ class Run:
         with writing(self.folder):
             for name in OURS:
                 (self.folder / name).unlink(missing_ok=True)
+            remove_events(self.folder)
         self.remove_partial()
         if skipped != Skipped():
             with writing(self.skipped):
@@ -176,8 +189,9 @@ class Run:
             raise UserError(f"{self.skipped} must hold lists {' and '.join(sorted(names))}")
         return Skipped(**{name: tuple(listed) for name, listed in values.items()})
 
-    def open_metrics(self, size: int) -> None:
-        """Go on writing metrics after the first `size` bytes, which the checkpoint vouches for.
+    def open_metrics(self, size: int, logs: Sequence[Log] = ()) -> None:
+        """Go on writing metrics after the first `size` bytes, which the checkpoint vouches for;
+        `logs` follow.
 
         Raises:
             UserError: the file is shorter than that, or not what `write_metrics` writes.
@@ -187,6 +201,10 @@ class Run:
         with writing(self.metrics):
             self._lines = os.open(self.metrics, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.ftruncate(self._lines, size)
+            (self.folder / CSV).unlink(missing_ok=True)  # not to disagree if it is not in `logs`
+        for log in logs:
+            self._logs.append(log)
+            log.begin()
 
     def _check_metrics(self, size: int) -> None:
         found = self._metrics_bytes()[:size]
@@ -221,25 +239,25 @@ class Run:
         """Append a line: all of it, or on an error nothing."""
         assert self._lines is not None
         line = json.dumps(values).encode() + b"\n"
-        size = os.fstat(self._lines).st_size
         with writing(self.metrics):
-            try:
-                written = 0
-                while written < len(line):
-                    written += os.write(self._lines, line[written:])
-            except OSError:
-                os.ftruncate(self._lines, size)
-                raise
+            append(self._lines, line)
+        for log in self._logs:
+            log.add(values)
 
     def sync_metrics(self) -> int:
         """Put the metrics on the disk; their size in bytes."""
         assert self._lines is not None
         with writing(self.metrics):
             os.fsync(self._lines)
+        for log in self._logs:
+            log.sync()
         return os.fstat(self._lines).st_size
 
     def close(self) -> None:
         """End writing, and let others write."""
+        for log in self._logs:
+            log.close()
+        self._logs = []
         if self._lines is not None:
             os.close(self._lines)
             self._lines = None

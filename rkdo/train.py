@@ -20,6 +20,7 @@ from rkdo.evaluate import evaluate
 from rkdo.field import TrainingField
 from rkdo.files import writing
 from rkdo.interrupt import StopRequest, listening
+from rkdo.logs import make_logs
 from rkdo.objective import build_objective
 from rkdo.ranks import Ranks, average_gradients, joined_ranks
 from rkdo.record import Run
@@ -227,6 +228,7 @@ def _begin(
     overwrite: bool,
     wait: bool,
 ) -> None:
+    logs = make_logs(config, run.folder, run.read_metrics)
     if resume:
         run.remove_partial()
     run.require_room(state.size(), overwrite)
@@ -235,7 +237,7 @@ def _begin(
         _tell(run, skipped)
     elif run.read_config() != config:
         run.write_config(config)
-    run.open_metrics(state.metrics_size)
+    run.open_metrics(state.metrics_size, logs)
 
 
 def _tell(run: Run, skipped: Skipped) -> None:

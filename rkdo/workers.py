@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rkdo.errors import ProcessLost, UserError
 
@@ -34,6 +35,13 @@ class Loader(DataLoader):
     def __iter__(self) -> Any:
         with _quietly():
             return super().__iter__()
+
+
+def hand_over(x: Tensor) -> Tensor:
+    """A tensor that was made here. In a worker it is put into shared memory now, where an error is
+    raised: the thread that would do it later only prints it, and the training process would wait
+    for ever."""
+    return x.share_memory_() if get_worker_info() else x
 
 
 @contextmanager

@@ -173,6 +173,7 @@ OTHER = {
     "alpha_schedule": "linear", "alpha_final": 0.1, "history": 2, "field_dtype": "float64",
     "update_every": "epoch", "icon_weight": 0.5, "stop_slope": 0.1, "stop_window": 3,
     "evaluate_dir": "labelled", "skip_unreadable": True, "precision": "bf16",
+    "csv": True, "tensorboard": True,
 }  # fmt: skip
 ALONG = {  # what a setting needs beside it
     "alpha_final": {"alpha_schedule": "cosine"},

@@ -19,6 +19,7 @@ from rkdo.evaluate import (
     evaluate_run,
     extract,
     neighbour_agreement,
+    one_label,
 )
 from rkdo.record import Run
 
@@ -69,7 +70,7 @@ def test_features_that_tell_the_classes_apart_score_one():
 
 def test_features_that_tell_nothing_score_by_chance():
     metrics = evaluate(Pixels(), problem(False), CONFIG)
-    for name in ("linear_probe", "knn", "neighbour_agreement"):
+    for name in ("linear_probe", "one_label", "knn", "neighbour_agreement"):
         assert 0.1 < metrics[name] < 0.42, name
     assert metrics["nmi"] < 0.15
     assert abs(metrics["ari"]) < 0.1
@@ -86,7 +87,7 @@ def test_the_probe_learns_on_the_training_images_and_is_judged_on_the_test_image
     swapped = TensorImages(data.test.images, (data.test.labels + 1) % 4)
     metrics = evaluate(Pixels(), Data(data.train, swapped, 4), CONFIG)
     assert metrics["linear_probe"] == 0.0
-    assert metrics["knn"] == 0.0
+    assert metrics["knn"] == metrics["one_label"] == 0.0
     assert metrics["nmi"] == pytest.approx(1.0)  # these look at the test images alone
     assert metrics["neighbour_agreement"] == 1.0
 
@@ -98,6 +99,23 @@ def test_neighbour_agreement_is_what_its_definition_says():
     np.fill_diagonal(distances, np.inf)
     nearest = distances.argsort(1)[:, :5]
     assert neighbour_agreement(features, labels) == np.mean(labels[nearest] == labels[:, None])
+
+
+def test_one_label_a_class_is_what_its_definition_says():
+    rng = np.random.default_rng(0)
+    train, test = (x / np.linalg.norm(x, axis=1)[:, None] for x in rng.normal(size=(2, 40, 3)))
+    train_labels, test_labels = rng.integers(0, 3, (2, 40)) + 5
+    found = []
+    for draw in range(100):
+        labelled = {}
+        for i in np.random.default_rng(draw).permutation(40):
+            labelled.setdefault(train_labels[i], train[i])
+        for row, label in zip(test, test_labels, strict=True):
+            distance = {kind: np.linalg.norm(row - x) for kind, x in labelled.items()}
+            found.append(min(distance, key=distance.__getitem__) == label)
+    score = one_label(train, train_labels, test, test_labels)
+    assert score == pytest.approx(np.mean(found))
+    assert one_label(train, train_labels, train[:1], train_labels[:1]) > score
 
 
 def test_the_papers_protocol_sees_the_first_11_test_batches_alone():

@@ -13,7 +13,7 @@ from rkdo.record import Run
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("", "train, evaluate, field"),
+        ("", "train, evaluate, embed, field"),
         ("tune", "train"),
         ("train", "--out"),
         ("train --out OUT --dataset mnist", "--dataset"),
@@ -40,6 +40,13 @@ from rkdo.record import Run
         ),
         ("train --out OUT --history 2", "--history 2 needs --recursion snapshot, got batch"),
         ("train --out OUT --alpha-final 0.1", "--alpha-final 0.1 needs --alpha-schedule linear or"),
+        ("embed OUT --data HERE", "--out"),
+        ("embed OUT --data HERE --out HERE/x.txt", "--out must end in .npy or .csv, got HERE/x"),
+        ("embed OUT --data HERE --out HERE/no/x.npy", "there is no folder HERE/no"),
+        ("embed OUT --data HERE/no --out HERE/x.npy", "there is no folder HERE/no"),
+        ("embed OUT --data HERE --out HERE/x.npy", "--data must hold images, there are none below"),
+        ("embed OUT --data HERE --out HERE/x.npy --workers -1", "--workers must be at least 0"),
+        ("embed OUT --data HERE --out HERE/x.npy --batch-size 0", "--batch-size must be at least"),
         ("field", "PATH"),
         ("field OUT", "OUT holds no run"),
         ("field OUT --classes 0", "--classes must be at least 1, got 0"),

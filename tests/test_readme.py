@@ -98,7 +98,7 @@ def test_every_training_command_is_one(tmp_path):
     assert len(commands) >= 8
     for command in commands:
         if "--resume" not in command:  # that asks for the run
-            assert _parse(re.sub(r" \[.*\]", "", command).split()).folder
+            assert callable(_parse(re.sub(r" \[.*\]", "", command).split()).run)
 
 
 @pytest.mark.parametrize(

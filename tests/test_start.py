@@ -1,0 +1,22 @@
+"""A command does not wait for libraries that it has no use for."""
+
+import subprocess
+import sys
+
+from runs import ROOT, environment
+
+CODE = """
+import sys
+import rkdo.__main__
+print(*sorted({"numpy", "torch", "tyro"} & set(sys.modules)))
+import rkdo.embed, rkdo.field, rkdo.train
+print(*sorted({"matplotlib", "pandas", "scipy", "sklearn", "tensorboard"} & set(sys.modules)))
+"""
+
+
+def test_a_command_starts_with_what_it_needs_alone():
+    process = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment(), capture_output=True, text=True, cwd=ROOT
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "\n\n"
