@@ -37,8 +37,6 @@ class AnyCall(Protocol):
     def shape(self) -> tuple[int, int, int]: ...  # N, M, D
     @property
     def quick(self) -> bool: ...  # one of the few that tests run
-    @property
-    def known_miss(self) -> float: ...  # see LossCall
 
     def ours(self) -> Outcome: ...
     def eager(self, dtype: torch.dtype) -> Outcome: ...
@@ -57,7 +55,6 @@ class LossCall:
     layout: str = "dense"  # or "odd": rows that start at no multiple of 16 bytes
     frozen: str = ""  # "queries" or "keys", which then take no gradient
     learnable: float = 0.0  # a temperature that takes a gradient
-    known_miss: float = 1.0  # times the yardstick that gradients may take, a fault not mended
     splits: int = 1  # programs that share a walk, as where there are few for a device
     stripe_bytes: int = 0  # of ∂L/∂S at once, where another limit than the library's is wanted
     quick: bool = False

@@ -38,7 +38,6 @@ class FieldCall:
     frozen: str = ""
     splits: int = 1
     quick: bool = False
-    known_miss: float = 1.0
 
     ALPHA = 0.4
     TEMPERATURE = 0.3

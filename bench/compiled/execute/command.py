@@ -205,7 +205,7 @@ def line(found: Judged) -> tuple[str, ...]:
     name, dtype, shape = found.call.rsplit(", ", 2)
     shown = [cell(found.scores.get(x)) for x in ("value", "queries", "keys")]
     others = {k: v for k, v in found.scores.items() if k not in ("value", "queries", "keys")}
-    misses = [f"{k} misses" + ", as known" * v.passed for k, v in found.scores.items() if not v.met]
+    misses = [f"{k} misses" for k, v in found.scores.items() if not v.passed]
     if found.violations:
         misses.append(f"{len(found.violations)} violated")
     if found.failure:
@@ -242,8 +242,7 @@ def summary(target: str, found: Sequence[Judged], every: set[str]) -> str:
     text = f"{target}: {len(every) - len(without)} of {len(every)} kernels executed"
     if without and len(without) <= len(every) // 2:
         text += f" (not {', '.join(sorted(without))})"
-    met = sum(x.met for x in found)
-    known = sum(x.passed for x in found) - met
+    met = sum(x.passed for x in found)
     violated = sum(len(x.violations) for x in found)
     launches = sum(len(x.kernels) for x in found)
     from .capture import LEFT_OUT  # imports Triton
@@ -251,7 +250,7 @@ def summary(target: str, found: Sequence[Judged], every: set[str]) -> str:
     not_counted = "".join(f"; not counted, as this Triton leaves it out: {x}" for x in LEFT_OUT)
     return (
         f"{text}; {met} of {len(found)} calls within the yardstick without a violation "
-        f"({violated} violations{f', {known} known misses' * bool(known)}); {launches} launches, "
+        f"({violated} violations); {launches} launches, "
         f"{sum(x.instructions for x in found) / 1e6:.0f} M warp instructions in "
         f"{sum(x.seconds for x in found):.1f} s{not_counted}"
     )

@@ -27,15 +27,10 @@ class Score:
 
     error: float
     allowed: float
-    known: float = 1.0  # times `allowed`, where a fault is known and not mended
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.allowed * self.known  # NaN is no number to compare with
-
-    @property
-    def met(self) -> bool:
-        return self.error <= self.allowed
+        return self.error <= self.allowed  # NaN is no number to compare with
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,6 @@ class Judged:
     def passed(self) -> bool:
         fine = all(score.passed for score in self.scores.values())
         return fine and bool(self.scores) and not self.violations and not self.failure
-
-    @property
-    def met(self) -> bool:
-        """Without what is excused."""
-        return self.passed and all(score.met for score in self.scores.values())
 
 
 def judge(call: AnyCall, target: str, label: str, cache: Path) -> Judged:
@@ -99,8 +89,7 @@ def scored(call: AnyCall, found: Outcome) -> dict[str, Score]:
         eager = largest(held.double() - exact) / size
         allowed = 2 * (eager if eager < float("inf") else 0.0) + unit.eps + FLOAT64_ROUNDING
         allowed += unit.smallest_normal * unit.eps / size  # the least step, of small numbers
-        known = call.known_miss if rounded else 1.0
-        scores[name] = Score(largest(found[name].double() - exact) / size, allowed, known)
+        scores[name] = Score(largest(found[name].double() - exact) / size, allowed)
     return scores
 
 
