@@ -497,7 +497,7 @@ def recursion(
     over = torch.where(s < peak, s - risen, (s - risen).clamp(-step, step))
     mass, peak, x = shrink * mass, risen, over[:, None]
     if alpha == 1:  # no target is left at the positive: 0 · log 0 where its product is −∞
-        x = torch.where(mass[:, :1] > 0, x.clamp_min(tiled.LOWEST), x)
+        x = torch.where(mass[:, :1] > 0, torch.maximum(x, tiled.bottom(c)), x)
     log_mass = torch.logaddexp(mass.log(), c * x)  # c x passes 0 by float32's rounding of the peak
     loss, pull, tilt = run.recursion(
         queries, keys, scales, alpha, positive_offset, detach_target, peak, log_mass

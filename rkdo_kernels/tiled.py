@@ -16,7 +16,12 @@ from .needs import BOTH, Needs
 from .one_pass import recursion_moments as recursion_moments
 from .tiles import Gradients, Strip, compute, may_pass, sums, tiles
 
-LOWEST = -1e20  # logits below: no exponential is left, and times a temperature it is a number
+FAR = 1e20  # products beyond it may be infinite, or become so
+
+
+def bottom(scales: Tensor) -> Tensor:  # []
+    """A logit below which no exponential is left, and whose multiples by `scales` are numbers."""
+    return torch.finfo(scales.dtype).max / -1e4 / scales.amax().clamp_min(1)
 
 
 def moments(
@@ -169,7 +174,7 @@ def softmax_sums(
     nearest = queries.new_full((len(queries) * student, 1), -lowest)
     slope, total = torch.zeros_like(mass), torch.zeros_like(mass[:, :1])
     form = Distances(queries, keys) if student else None
-    deep = may_pass(LOWEST, queries, keys)
+    deep = may_pass(FAR, queries, keys)
     for tile in tiles(queries, keys, buffers=1, form=form):
         for strip in tile.strips():
             x, e, rows = strip.s, strip.buffers[0], strip.rows
@@ -198,7 +203,7 @@ def softmax_sums(
             else:
                 x.sub_(risen)
             if deep:
-                x.clamp_min_(LOWEST)
+                torch.maximum(x, bottom(scales), out=x)
             for t, c in enumerate(scales):
                 torch.mul(x, c, out=e).exp_()
                 strip.fill(e, exclude, 0)
@@ -267,7 +272,7 @@ def recursion(
     loss = queries.new_zeros(len(queries), dtype=sums(queries))
     pull = loss.new_zeros(len(queries), depth)
     slope = loss.new_zeros(len(queries), depth + 1)
-    deep = may_pass(LOWEST, queries, keys)
+    deep = may_pass(FAR, queries, keys)
     for tile in tiles(queries, keys, buffers=Recursion.buffers(depth)):
         for strip in tile.strips():
             state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass, deep)
@@ -291,7 +296,7 @@ def recursion_backward(
 ) -> tuple[Tensor, Tensor]:  # [N, D], [M, D]
     gradients = Gradients(queries, keys, needs)
     depth = len(scales) - 1
-    deep = may_pass(LOWEST, gradients.queries, gradients.keys)
+    deep = may_pass(FAR, gradients.queries, gradients.keys)
     for tile in tiles(gradients.queries, gradients.keys, buffers=Recursion.buffers(depth)):
         for strip in tile.strips():
             state = Recursion(strip, scales, alpha, positive_offset, peak, log_mass, deep)
@@ -338,7 +343,7 @@ class Recursion:
 
         x.sub_(peak[rows, None])
         if deep:
-            x.clamp_min_(LOWEST)
+            torch.maximum(x, bottom(self.scales), out=x)
         strip.fill(x, self.positive, 0)
         torch.mul(x, self.scales[0], out=self.q_0).exp_().mul_(torch.exp(-log_mass[rows, :1]))
         strip.fill(self.q_0, self.positive, 0)

@@ -134,15 +134,15 @@ class Gradients:
         return self.d_queries, self.d_keys
 
 
-def may_pass(lowest: float, queries: Tensor, keys: Tensor) -> bool:
-    """Whether a difference of products may lie below `lowest`; yes, where asking takes a device."""
+def may_pass(most: float, queries: Tensor, keys: Tensor) -> bool:
+    """Whether a difference of products may pass `most`; yes, where asking takes a device."""
     if queries.device.type != "cpu" or not (queries.numel() and keys.numel()):
         return True
     largest = 1.0
     for x in (queries, keys):
         low, high = torch.aminmax(x.detach())
         largest *= max(-float(low), float(high)) if low == low else torch.nan
-    return not 2 * largest * queries.shape[1] <= -lowest
+    return not 2 * largest * queries.shape[1] <= most
 
 
 def compute(x: Tensor) -> Tensor:

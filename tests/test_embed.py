@@ -19,8 +19,9 @@ from torch import nn
 import rkdo
 from rkdo import embed as embedding
 from rkdo.__main__ import main
+from rkdo.batches import plain_view
 from rkdo.config import TrainConfig
-from rkdo.data import load_data, plain_view
+from rkdo.data import load_data
 from rkdo.encoder import build_encoder
 from rkdo.evaluate import extract
 from rkdo.files import partial_of

@@ -44,7 +44,7 @@ from rkdo.record import Run
         ("embed OUT --data HERE --out HERE/x.txt", "--out must end in .npy or .csv, got HERE/x"),
         ("embed OUT --data HERE --out HERE/no/x.npy", "there is no folder HERE/no"),
         ("embed OUT --data HERE/no --out HERE/x.npy", "there is no folder HERE/no"),
-        ("embed OUT --data HERE --out HERE/x.npy", "--data must hold images, there are none below"),
+        ("embed OUT --data HERE --out HERE/x.npy", "--data must hold images (jpg "),
         ("embed OUT --data HERE --out HERE/x.npy --workers -1", "--workers must be at least 0"),
         ("embed OUT --data HERE --out HERE/x.npy --batch-size 0", "--batch-size must be at least"),
         ("field", "PATH"),
