@@ -177,6 +177,7 @@ def softmax_sums(
                 strip.fill(x, exclude, torch.inf)
                 near = nearest[rows] = torch.minimum(nearest[rows], x.amin(1, keepdim=True))
                 risen = torch.log1p(near.to(peak.dtype)).neg_()
+                near = torch.expm1(-risen).to(x.dtype)  # as the backward pass has it
             else:
                 strip.fill(x, exclude, 0)
                 total[rows] += x.sum(1, keepdim=True, dtype=total.dtype)
