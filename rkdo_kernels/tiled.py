@@ -224,7 +224,7 @@ def softmax_sums_backward(
     gradients = apart.Gradients(form, needs) if form else Gradients(queries, keys, needs)
     queries, keys = compute(queries), compute(keys)
     scales, peak = scales.to(queries.dtype), peak[:, None]
-    nearest = torch.expm1(-peak).to(queries.dtype) if student else None
+    nearest = torch.expm1(-peak).to(queries.dtype)  # of Student's
     peak = peak.to(queries.dtype)
     steep = weights * scales
     for tile in tiles(queries, keys, buffers=3 if student else 2, form=form):
