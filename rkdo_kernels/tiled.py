@@ -182,6 +182,7 @@ def softmax_sums(
                 strip.fill(x, exclude, torch.inf)
                 near = nearest[rows] = torch.minimum(nearest[rows], x.amin(1, keepdim=True))
                 risen = torch.log1p(near.to(peak.dtype)).neg_()
+                near = torch.expm1(-risen).to(x.dtype)  # as the backward pass has it
             else:
                 strip.fill(x, exclude, 0)
                 total[rows] += x.sum(1, keepdim=True, dtype=total.dtype)
@@ -228,7 +229,7 @@ def softmax_sums_backward(
     gradients = apart.Gradients(form, needs) if form else Gradients(queries, keys, needs)
     queries, keys = compute(queries), compute(keys)
     scales, peak = scales.to(queries.dtype), peak[:, None]
-    nearest = torch.expm1(-peak).to(queries.dtype) if student else None
+    nearest = torch.expm1(-peak).to(queries.dtype)  # of Student's
     peak = peak.to(queries.dtype)
     steep = weights * scales
     for tile in tiles(queries, keys, buffers=3 if student else 2, form=form):

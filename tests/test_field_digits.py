@@ -162,3 +162,26 @@ def test_ten_thousand_updates(stored, relative, raw):
     assert worst <= relative
     assert tracked <= 1e-5
     assert drift <= raw
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_has_a_target_from_the_smallest_normal_mass_on(backend):
+    """Sample 0 has left the block {0, 1}, but for a mass of `least` or of half of it."""
+    queries = torch.tensor([[1.0, 0.0], [0.0, 1.0]], device=DEVICE, requires_grad=True)
+    keys, index = torch.eye(2, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    for stored in (torch.float32, torch.float64)[: 1 + (backend == "tiled")]:
+        least = torch.finfo(stored).tiny
+        for mass, alive in ((least, True), (least / 2, False)):
+            field = ResponseField.dense(3, dtype=stored, device=DEVICE)
+            matrix, diagonal, *_ = field._state.tensors.values()
+            matrix[0, 1], matrix[0, 2], diagonal[0] = mass, 1.0, 0.0
+            before = field.rows(index)
+            settings = {"temperature": 1.0, "reduction": "none", "backend": backend}
+            losses = field.loss(queries, keys, index, **settings)
+            (gradient,) = torch.autograd.grad(losses.sum(), queries)
+            wanted = math.log1p(math.e) if alive else 0.0
+            assert losses[0].item() == pytest.approx(wanted, rel=1e-6)
+            assert bool(gradient[0].any()) == alive
+            assert field.block(index)[0].sum() == float(alive)
+            field.update(queries, keys, index, alpha=0.5, temperature=1.0, backend=backend)
+            assert torch.equal(field.rows(index)[0], before[0]) != alive

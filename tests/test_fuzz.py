@@ -225,11 +225,98 @@ NOT_LOST = {"alpha": 0.5, "depth": 1, "cooling": 0.0, "detach_target": False}
                    settings=NOT_LOST | {"alpha": 0.145, "depth": 3}),
         cases.Case(1, "info_nce", n=2, d=4, drawn=(2, 0, 4), length=1.2,
                    specials=(("queries", 1, "nan"),)),
+        cases.Case(163068, "icon_loss", n=4, d=20, drawn=(4, 0, 20), place="plane",
+                   pairs="aligned", length=3.0, specials=(("queries", 1, "huge"),), bound=None,
+                   temperature=0.001, settings={"debias": 0.0, "kernel": "student"}),
+        cases.Case(371983, "icon_loss", dtype="float64", n=9, d=58, drawn=(9, 0, 58),
+                   temperature=0.001, reduction="mean", upstream="ones",
+                   settings={"debias": 0.0, "kernel": "student"}),
+        cases.Case(147002, "icon_loss", n=3, d=1, drawn=(11, 0, 1), bound=None, upstream="ones",
+                   specials=(("queries", 0, "huge"),),
+                   settings={"debias": 1.0, "kernel": "gaussian"}),
+        cases.Case(172236, n=2, d=1, drawn=(46, 0, 1), first=41, bound=None, upstream="ones",
+                   specials=(("keys", 41, "-inf"),), settings=NOT_LOST | {"alpha": 1.0}),
+        cases.Case(307087, "similarity_logsumexp", n=5, d=1, drawn=(14, 0, 1), first=3, bound=None,
+                   specials=(("queries", 7, "nan"), ("queries", 3, "huge")), upstream="ones",
+                   settings={"exclude_self": False}),
     ],
-    ids=["−∞", "∞", "weight 0", "weight 0, Student's", "temperature", "NaN, and a bound passed"],
+    ids=["−∞", "∞", "weight 0", "weight 0, Student's", "temperature", "NaN, and a bound passed",
+         "far away", "nearest, float64", "even target, far away", "positive of −∞, alpha=1",
+         "equal and far, beside NaN"],
 )  # fmt: skip
 def test_what_the_fuzzer_found_is_mended(case):
     assert judge.judge(case) is None
+
+
+def test_a_fields_own_column_is_what_the_others_leave():
+    step = fields.Call("step", (1, 0), 0.01, 0.05, "antipodal", 0)
+    loss = fields.Call("loss", (0, 1), 0.15, 0.05, "correlated", 1)
+    case = fields.FieldCase(
+        182617, "dense", "bfloat16", "tiled", "float32", 2, 2, 3, "identity", "none", (step, loss)
+    )
+    assert fields.judge(case) is None
+
+
+def test_a_miss_is_not_hidden_by_a_larger_one_at_the_edge(monkeypatch):
+    edge = yardstick.Miss("value: error", "of a loss near 0", 9.0, yardstick.FLOAT32_STEP / 2)
+    clear = yardstick.Miss("queries: error", "clear", 4.0)
+    monkeypatch.setattr(judge, "compare", lambda *_: [edge, clear])
+    assert judge.judge(cases.Case(1, settings=NOT_LOST)) is clear
+
+
+def tilts(name, by):
+    """The gradient to the argument is too large by a factor of 1 + `by`."""
+
+    def change(right, queries, keys, **settings):
+        given = {"queries": queries, "keys": keys, **settings}
+        if isinstance(given.get(name), torch.Tensor):
+            given[name] = given[name].view_as(given[name])
+            if given[name].requires_grad:
+                given[name].register_hook(lambda g: g * (1 + by))
+        return right(**given)
+
+    return change
+
+
+def adds(by):
+    return lambda right, queries, keys, **settings: right(queries, keys, **settings) + by
+
+
+def learnable(case):
+    return case.dtype == "float32" and case.learnable
+
+
+def plain_half(case):
+    return case.dtype == "bfloat16" and not case.specials and case.place == "sphere"
+
+
+@pytest.mark.parametrize(
+    ("loss", "backend", "change", "of"),
+    [  # where the yardstick allows for more than eager's error
+        ("similarity_moments", "tiled", tilts("temperature", 1e-3), learnable),
+        ("info_nce", "tiled", tilts("temperature", 1e-3), learnable),
+        ("info_nce", "tiled", tilts("keys", 0.1), plain_half),  # and it is said to be executed
+        ("similarity_logsumexp", "tiled", tilts("queries", 0.1), plain_half),
+        ("icon_loss", "tiled", tilts("keys", 1e-4),
+         lambda c: c.dtype == "float32" and "huge" in str(c.specials)),
+        ("rkdo_loss", "tiled", tilts("keys", 1e-10), lambda c: c.dtype == "float64"),
+        ("rkdo_loss", "reference", adds(1e-3),
+         lambda c: c.settings["alpha"] == 1 and c.settings["cooling"] == 0),
+    ],
+    ids=["moments' temperature", "one temperature", "keys' G", "queries' G", "far away", "float64",
+         "loss 0"],
+)  # fmt: skip
+def test_what_the_yardstick_allows_for_hides_no_fault(loss, backend, change, of, monkeypatch):
+    """Of the first eight such cases, some of which have a gradient of 0, four show the fault."""
+    if of is plain_half:
+        monkeypatch.setattr(judge, "EXECUTED", ("tiled",))
+    drawn = (cases.draw(seed, (loss,), (backend,), SMALL) for seed in range(10**6))
+    chosen = [next(c for c in drawn if of(c) and c.upstream in ("random", "ones") and c.n > 2)
+              .but(frozen="") for _ in range(8)]  # fmt: skip
+    assert all(miss is None or miss.at_the_edge for miss in map(judge.judge, chosen))
+    wrong(monkeypatch, loss, change)
+    found = [miss for miss in map(judge.judge, chosen) if miss and not miss.at_the_edge]
+    assert len(found) >= 4, [judge.judge(case) for case in chosen]
 
 
 def test_a_fields_row_without_a_normal_mass_has_no_target():
