@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from rkdo.config import TrainConfig
 from rkdo.errors import UserError
+from rkdo.imports import importing
 from rkdo.workers import Loader
 
 
@@ -95,8 +96,9 @@ def load_data(config: TrainConfig) -> Data:
 
 def _digits(size: int) -> tuple[Images, Images]:
     """scikit-learn's 1,797 handwritten digits, enlarged from 8×8; one in five is for testing."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with importing():
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
