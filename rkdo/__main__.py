@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from rkdo.config import TrainConfig, flag
 from rkdo.errors import Stopped, TrainingError, UserError
+from rkdo.imports import importing
 from rkdo.unexpected import describe
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -75,9 +76,10 @@ def _version() -> str:
 
 
 def _train(config: TrainConfig, out: Path, resume: bool, overwrite: bool, wait: bool) -> None:
-    from rkdo.record import Run
-    from rkdo.report import evaluations, table
-    from rkdo.train import train
+    with importing():
+        from rkdo.record import Run
+        from rkdo.report import evaluations, table
+        from rkdo.train import train
 
     metrics = evaluations(train(config, out, resume=resume, overwrite=overwrite, wait=wait))
     if _speaks():
@@ -91,9 +93,10 @@ def _train(config: TrainConfig, out: Path, resume: bool, overwrite: bool, wait: 
 def _evaluate(
     run: Path, protocol: str, data_dir: str | None, evaluate_dir: str | None, device: str
 ) -> None:
-    from rkdo.evaluate import evaluate_run
-    from rkdo.report import table
-    from rkdo.workers import workers_watched
+    with importing():
+        from rkdo.evaluate import evaluate_run
+        from rkdo.report import table
+        from rkdo.workers import workers_watched
 
     with workers_watched():
         metrics, written = evaluate_run(
@@ -104,7 +107,8 @@ def _evaluate(
 
 
 def _check_data(folder: Path) -> None:
-    from rkdo.images import find_images, unreadable
+    with importing():
+        from rkdo.images import find_images, unreadable
 
     paths = find_images(folder, "FOLDER")
     faults = unreadable(paths)
@@ -116,14 +120,16 @@ def _check_data(folder: Path) -> None:
 
 
 def _field(run: Path, out: Path | None, classes: int, images: int, data_dir: str | None) -> None:
-    from rkdo.field import picture
+    with importing():
+        from rkdo.field import picture
 
     path = picture(run, out, classes=classes, images=images, data_dir=data_dir)
     print(f"written: {path}")
 
 
 def _embed(run: Path, data: Path, out: Path, how: dict[str, Any]) -> None:
-    from rkdo.embed import embed
+    with importing():
+        from rkdo.embed import embed
 
     made = embed(run, data, out, **how)
     if made.skipped:
@@ -137,7 +143,8 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
 
     To resume, they are read once more on top of the settings of the run, `run_config`.
     """
-    import tyro
+    with importing():
+        import tyro
 
     def train(
         out: Path,
@@ -160,7 +167,8 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other")
         if resume and run_config is None:
-            from rkdo.record import Run
+            with importing():
+                from rkdo.record import Run
 
             return _parse(arguments, Run(out).read_config())
         config.check_read(_settings_in(arguments))

@@ -15,6 +15,7 @@ from torchvision import datasets
 from rkdo.config import TrainConfig
 from rkdo.errors import UserError
 from rkdo.images import find_images, read_image, unreadable
+from rkdo.imports import importing
 
 NAMED = 5  # unreadable files that an error names
 
@@ -184,8 +185,9 @@ def is_labelled(root: Path) -> bool:
 
 def _digits(size: int) -> Data:
     """scikit-learn's 1,797 handwritten digits, enlarged from 8×8; one in five is for testing."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with importing():
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).float()[:, None] * (255 / 16)
