@@ -294,7 +294,9 @@ class Snapshots:
 
     def fits_unrolled(self, config: launch.Config, dims: dict[str, Any]) -> bool:
         """Whether shared memory holds a tile of every visit's rows, and one of each operand's."""
-        sizes = [self.past_size] * self.history + [self.queries.element_size()]
+        least = 4 if launch.target(self.queries) == "sm_75" else 1  # where float32 is multiplied
+        sizes = [max(least, self.past_size)] * self.history
+        sizes.append(max(least, self.queries.element_size()))
         copies = {4: 2 if dims["PRECISION"] == "tf32x3" else 1}  # the digits in two parts
         held = [dims["WIDTH"] * size * copies.get(size, 1) for size in sizes]
         tallest = max(config.rows, config.cols)

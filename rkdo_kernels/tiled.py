@@ -235,7 +235,7 @@ def softmax_sums_backward(
     for tile in tiles(queries, keys, buffers=3 if student else 2, form=form):
         for strip in tile.strips():
             x, (e, g, *distance), rows = strip.s, strip.buffers, strip.rows
-            if nearest is not None:  # v = 1 + ‖zq − zk‖², x = −log v
+            if student:  # v = 1 + ‖zq − zk‖², x = −log v
                 torch.add(x, 1, out=distance[0])
                 apart.below_peak(x, nearest[rows])
             else:
