@@ -179,7 +179,7 @@ def one_label(train: Array, train_labels: Array, test: Array, test_labels: Array
     for draw in range(DRAWS):
         order = np.random.default_rng(draw).permutation(len(train_labels))
         kinds, first = np.unique(train_labels[order], return_index=True)
-        nearest = (test @ train[order[first]].T).argmax(1)
+        nearest = np.dot(test, train[order[first]].T).argmax(1)
         scores.append((kinds[nearest] == test_labels).mean())
     return float(np.mean(scores))
 
