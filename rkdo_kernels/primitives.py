@@ -211,16 +211,6 @@ def into(acc, g, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def into_whole(acc, g, x, PRECISION: tl.constexpr):
-    """acc + g x, nothing of g lost: what its bfloat16 leaves is a second one."""
-    if x.dtype == tl.bfloat16:
-        high = g.to(tl.bfloat16)
-        acc = tl.dot(high, x, acc)
-        return tl.dot((g - high.to(tl.float32)).to(tl.bfloat16), x, acc)
-    return tl.dot(g, x.to(tl.float32), acc, input_precision=PRECISION)
-
-
-@triton.jit
 def row_polynomials(
     weights_ptr, first, n, ROWS: tl.constexpr, DEGREE: tl.constexpr, MASKED: tl.constexpr
 ):

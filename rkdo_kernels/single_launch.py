@@ -16,7 +16,7 @@ from .checks import SLACK
 from .parts import at_partners
 from .primitives import (
     LOG2E,
-    into_whole,
+    into,
     leave_out,
     load_rows,
     rounded,
@@ -53,6 +53,7 @@ def _single_launch(
     CHUNKS: tl.constexpr,
     FULL: tl.constexpr,
     PRECISION: tl.constexpr,
+    GRADIENT_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -134,11 +135,11 @@ def _single_launch(
     tl.debug_barrier()
     gradient_rows(
         s_ptr, pitch, 1, at_positive_ptr, 0, n, keys_ptr, keys_stride, exclude_a, m, d_queries_ptr,
-        n, dim, WIDTH, FULL, PRECISION, UPCAST, ROWS, COLS,
+        n, dim, WIDTH, FULL, GRADIENT_PRECISION, UPCAST, ROWS, COLS,
     )  # fmt: skip
     gradient_rows(
         s_ptr, 1, pitch, at_positive_ptr, -exclude_a, n, queries_ptr, queries_stride, -exclude_a, n,
-        d_keys_ptr, m, dim, WIDTH, FULL, PRECISION, UPCAST, COLS, ROWS,
+        d_keys_ptr, m, dim, WIDTH, FULL, GRADIENT_PRECISION, UPCAST, COLS, ROWS,
     )  # fmt: skip
 
 
@@ -164,16 +165,26 @@ def gradient_rows(
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
 ):
-    """G x, G of own rows, and the positives' share in fp32."""
+    """G x, G of own rows, and the positives' share in fp32.
+
+    Half precision would round G, whose products' sums cancel where rows lie near one direction:
+    what its bfloat16 leaves is a second G.
+    """
+    PASSES: tl.constexpr = 1 if x_ptr.dtype.element_ty == tl.float32 else 2
     for start in range(0, dim, WIDTH):
         for first in range(0, own_count, OWN):
             acc = tl.zeros([OWN, WIDTH], tl.float32)
-            for other in range(0, count, OTHER):
+            tiles = (count + (OTHER - 1)) // OTHER
+            for turn in range(tiles * PASSES):
+                other = turn % tiles * OTHER
                 g = tl.load(g_ptr + entries(first, other, own_stride, other_stride, OWN, OTHER))
+                if PASSES == 2:
+                    high = g.to(tl.bfloat16).to(tl.float32)
+                    g = tl.where(turn < tiles, high, g - high)
                 x = load_rows(
                     x_ptr, x_stride, other, count, start, dim, OTHER, WIDTH, FULL, True, UPCAST
                 )
-                acc = into_whole(acc, g, x, PRECISION)
+                acc = into(acc, g, x, PRECISION)
             own = first + tl.arange(0, OWN)
             acc += at_partners(
                 at_positive_ptr, own + to_pair, n, x_ptr, x_stride, own + to_partner, count, start,
@@ -239,6 +250,7 @@ def recursion_moments(
         n, m, dim, 1 / bound, (SLACK * bound) ** 2, *launch.excluded(exclude),
         len(scales) - 1, DEGREE=degree, EXCLUDE=len(exclude), DETACH=detach_target,
         **launch.dims(queries, config.width),
-        ROWS=config.rows, COLS=config.cols, MOST=launch.SINGLE, **config.options,
+        GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows, COLS=config.cols,
+        MOST=launch.SINGLE, **config.options,
     )  # fmt: skip
     return loss, d_queries, d_keys
