@@ -109,7 +109,7 @@ def loaded(runs, folder):
     each = "\n".join(f"sys.argv[1] = {str(path)!r}\n{TWO_LINES}" for path in paths)
     process = python("-c", f"import sys\n{each}", "", str(folder / "test"))
     assert process.returncode == 0, process.stderr
-    return {path: torch.load(f"{path}.rows") for path in paths}
+    return {path: torch.load(f"{path}.rows", weights_only=True) for path in paths}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,7 +169,16 @@ def test_the_transform_is_evaluations(run):
         (Image.new("I;16", (8, 8)), ValueError, "got I;16"),
         ("nowhere.png", rkdo.UserError, "nowhere.png is not a readable image"),
     ],
-    ids=str,
+    ids=[
+        "float32",
+        "two dimensions",
+        "four channels",
+        "empty",
+        "array",
+        "RGBA",
+        "16 bits",
+        "no file",
+    ],
 )
 def test_what_is_no_image_is_said(image, error, said, run):
     with pytest.raises(error, match=said):
