@@ -186,7 +186,8 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
         Args:
             run: Folder of the run.
             protocol: standard: the backbone's features, learned on the training images, judged on
-                the test images. paper: the embeddings of 11 test batches alone.
+                the test images. paper: the embeddings of 11 test batches alone; of a folder, of as
+                many images drawn by a fixed seed.
             data_dir: Where the images are. None: where they were.
             evaluate_dir: Where labelled images are, if those of the run have no labels.
             device: Where to compute. auto: a GPU if there is one.

@@ -62,7 +62,13 @@ class FileImages:
 
 @dataclass(frozen=True)
 class LabelledFiles(FileImages):
+    """Class by class, as their folders come."""
+
     labels: Tensor  # [n] int64
+
+    def shuffled(self, seed: int) -> "LabelledFiles":
+        order = np.random.default_rng(seed).permutation(len(self))
+        return LabelledFiles([self.paths[i] for i in order], self.labels[order])
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,8 @@ def load_data(config: TrainConfig, skipped: Skipped = Skipped()) -> Data:
             data = _folder(root, skipped.data_dir)
         case _:
             data = _torchvision(config)
+    if len(data.train) < 5:  # neighbours that evaluation asks
+        raise UserError(f"{name} must have at least 5 training images, got {len(data.train)}")
     if data.classes < 2 or len(data.test) < 12:
         raise UserError(
             f"{name} must have at least 2 classes and 12 test images, "

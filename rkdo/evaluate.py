@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rkdo.batches import evaluation_loader
 from rkdo.config import TrainConfig
-from rkdo.data import Data, Images, LabelledImages, load_data
+from rkdo.data import Data, Images, LabelledFiles, LabelledImages, load_data
 from rkdo.encoder import Encoder, build_encoder
 from rkdo.errors import UserError
 from rkdo.ranks import find_device
@@ -28,7 +28,7 @@ Array = NDArray[np.generic]
 NEIGHBOURS = 5
 DRAWS = 100  # of one label a class: one draw may be lucky
 TRUSTED_IMAGES = 2000  # trustworthiness compares all pairs: more images would take gigabytes
-PAPER_BATCHES = 11
+PAPER_BATCHES, SEED = 11, 42  # of its evaluation
 
 # What each metric is called in a table.
 LABELS = {
@@ -75,21 +75,31 @@ def evaluate(encoder: Encoder, data: Data, config: TrainConfig) -> dict[str, flo
 def evaluate_as_paper(encoder: Encoder, data: Data, config: TrainConfig) -> dict[str, float]:
     """The paper's protocol: the embeddings of the first 11 test batches and nothing else.
 
-    The probe learns on 80 % of them and is scored on the other 20 %.
+    The probe learns on 80 % of them and is scored on the other 20 %. Folders come class by class,
+    where the paper's test sets are mixed: of them as many images are drawn by a fixed seed.
+
+    Raises:
+        UserError: those to learn from are of one class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
 
     count = PAPER_BATCHES * config.batch_size
-    embeddings = extract(encoder, data.test, config, count)
-    labels = _labels(data.test)[:count]
+    test = data.test.shuffled(SEED) if isinstance(data.test, LabelledFiles) else data.test
+    embeddings = extract(encoder, test, config, count)
+    labels = _labels(test)[:count]
     seen, held_out, seen_labels, held_out_labels = train_test_split(
-        embeddings, labels, test_size=0.2, random_state=42
+        embeddings, labels, test_size=0.2, random_state=SEED
     )
+    if len(set(seen_labels.tolist())) < 2:
+        raise UserError(
+            f"--protocol paper must find two classes among {len(seen)} test images to learn from, "
+            "got one"
+        )
     probe = LogisticRegression(max_iter=1000).fit(seen, seen_labels)
     return {
         "linear_probe": float(probe.score(held_out, held_out_labels)),
-        **clustering(embeddings, labels, data.classes, seed=42),
+        **clustering(embeddings, labels, data.classes, seed=SEED),
         "neighbour_agreement": neighbour_agreement(embeddings, labels),
     }
 

@@ -67,6 +67,8 @@ def train(
                 if resume:
                     ranks.together(lambda: _restore(run, config, state, steps_per_epoch))
                 ranks.on_first(lambda: _begin(run, config, state, skipped, resume, overwrite, wait))
+                if ranks.first and not resume:
+                    _tell(run, skipped, data.judged is not None)
                 _train(config, run, state, data, steps_per_epoch, ranks, stop)
             return run.read_metrics()
     finally:
@@ -234,17 +236,18 @@ def _begin(
     run.require_room(state.size(), overwrite)
     if not resume:
         run.create(config, skipped, overwrite=overwrite, wait=wait)
-        _tell(run, skipped)
     elif run.read_config() != config:
         run.write_config(config)
     run.open_metrics(state.metrics_size, logs)
 
 
-def _tell(run: Run, skipped: Skipped) -> None:
+def _tell(run: Run, skipped: Skipped, labelled: bool) -> None:
     """What might surprise: files that are left out, and that nothing will be evaluated."""
     count = len(skipped.data_dir) + len(skipped.evaluate_dir)
     if count:
         print(f"rkdo: {count} unreadable images are left out: {run.skipped}", file=sys.stderr)
+    if not labelled:
+        print("rkdo: no labels: nothing will be evaluated (see --evaluate-dir)", file=sys.stderr)
 
 
 def _restore(run: Run, config: TrainConfig, state: State, steps_per_epoch: int) -> None:

@@ -52,7 +52,9 @@ def test_images_without_labels_are_trained_on_and_not_evaluated(
 ):
     out = tmp_path / "run"
     assert run(photos, out, "--recursion", recursion, "--projection", "8") == 0
-    assert "not evaluated: the images have no labels" in capsys.readouterr().out
+    out_, err = capsys.readouterr()
+    assert "not evaluated: the images have no labels" in out_
+    assert "rkdo: no labels: nothing will be evaluated" in err
     lines = Run(out).read_metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert ("field_entropy" in lines[-1]) == (recursion != "batch")

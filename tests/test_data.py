@@ -212,6 +212,13 @@ def test_a_folder_whose_classes_differ_is_refused(folder):
         load_data(TrainConfig(dataset="folder", data_dir=str(folder)))
 
 
+def test_fewer_training_images_than_neighbours_are_refused(folder):
+    for path in (folder / "train").glob("*/[2-5].png"):
+        path.unlink()
+    with pytest.raises(UserError, match="at least 5 training images, got 4"):
+        load_data(TrainConfig(dataset="folder", data_dir=str(folder)))
+
+
 def test_too_few_test_images_are_refused(folder):
     for path in (folder / "test" / "dog").glob("[1-5].png"):
         path.unlink()

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import rkdo.evaluate
 from rkdo.config import TrainConfig
-from rkdo.data import Data, TensorImages, load_data
+from rkdo.data import Data, LabelledFiles, TensorImages, load_data
 from rkdo.encoder import build_encoder
 from rkdo.errors import UserError
 from rkdo.evaluate import (
@@ -126,6 +127,36 @@ def test_the_papers_protocol_sees_the_first_11_test_batches_alone():
     later = TensorImages(data.test.images.clone(), data.test.labels)
     later.images[44:] = 0
     assert evaluate_as_paper(encoder, Data(data.test, later, 4), CONFIG) == metrics
+
+
+def files_by_class(folder, counts):
+    """Test images of one grey each, class by class as folders come."""
+    paths = []
+    for label, count in enumerate(counts):
+        for i in range(count):
+            paths.append(folder / f"{label}-{i}.png")
+            Image.new("L", (8, 8), 60 * label + i).save(paths[-1])
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return LabelledFiles(paths, labels)
+
+
+def test_of_folders_the_papers_protocol_draws_images_of_all_classes(tmp_path):
+    """The first 44 are of one class, of which no probe could learn."""
+    test = files_by_class(tmp_path, [50, 50])
+    encoder = Pixels()
+    metrics = evaluate_as_paper(encoder, Data(problem(True).train, test, 2), CONFIG)
+    assert encoder.seen == 44
+    assert metrics["linear_probe"] == 1.0
+    assert evaluate_as_paper(encoder, Data(problem(True).train, test, 2), CONFIG) == metrics
+    shuffled = test.shuffled(42)
+    assert sorted(shuffled.paths) == sorted(test.paths)
+    assert [p.name[0] for p in shuffled.paths] == [str(x) for x in shuffled.labels.tolist()]
+
+
+def test_the_papers_protocol_on_one_class_is_one_line(tmp_path):
+    test = files_by_class(tmp_path, [50])
+    with pytest.raises(UserError, match="two classes among 35 test images to learn from, got one"):
+        evaluate_as_paper(Pixels(), Data(problem(True).train, test, 2), CONFIG)
 
 
 def test_extracting_changes_nothing_in_the_network():
