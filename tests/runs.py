@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -14,6 +15,7 @@ from rkdo.config import TrainConfig
 from rkdo.data import load_data
 from rkdo.evaluate import LABELS
 from rkdo.record import Run
+from rkdo.train import train
 
 ROOT = Path(__file__).parent.parent
 SHORT = TrainConfig(epochs=2, steps_per_epoch=3, batch_size=16, checkpoint_every=2, device="cpu")
@@ -39,6 +41,14 @@ class SmallEncoder(nn.Module):
 def quicken(patch):
     patch.setattr(rkdo.train, "build_encoder", lambda config: SmallEncoder())
     patch.setattr(rkdo.train, "evaluate", lambda encoder, data, config: dict(METRICS))
+
+
+def quick_run(folder):
+    """`SHORT`, trained without a stop into the folder, with what `quicken` puts in place."""
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        train(SHORT, folder)
+    return folder
 
 
 def assert_same(a, b, where="checkpoint"):

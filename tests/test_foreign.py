@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SHORT, SmallEncoder, quicken
+from runs import SHORT, SmallEncoder, quick_run, quicken
 
 from rkdo.__main__ import main
 from rkdo.config import AT_MOST, TrainConfig
@@ -22,11 +22,7 @@ NESTED = 200_000
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("foreign") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        quicken(patch)
-        train(SHORT, folder)
-    return folder
+    return quick_run(tmp_path_factory.mktemp("foreign") / "run")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from runs import (
     assert_same,
     environment,
     metrics_of,
+    quick_run,
     quicken,
     signal_at,
     state_of,
@@ -47,14 +48,9 @@ def quick(monkeypatch):
     quicken(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def quick_run(tmp_path_factory):
-    """`SHORT`, trained without a stop, with what `quick` puts in place."""
-    folder = tmp_path_factory.mktemp("quick") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        quicken(patch)
-        train(SHORT, folder)
-    return folder
+@pytest.fixture(scope="module", name="quick_run")
+def once_quick_run(tmp_path_factory):
+    return quick_run(tmp_path_factory.mktemp("quick") / "run")
 
 
 @pytest.fixture(scope="module")
