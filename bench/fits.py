@@ -57,7 +57,12 @@ QUICK = (  # target, part of a kernel's name, D, dtype: what devices refused, an
     ("gfx942", "_both_sums", 64, "bf16"),
     ("gfx942", "_softmax_sums_fwd", 128, "fp16"),
     ("gfx1100", "_both_sums_fwd", 128, "fp32"),
+    ("sm_86", "_dense_walk", 128, "fp32"),
+    ("sm_90", "_snapshot_walk", 128, "bf16"),
+    ("sm_86", "_snapshot_walk", 33, "fp32"),
+    ("sm_75", "_snapshot_walk", 64, "fp16"),
 )
+HISTORIES = 3, 8  # of a snapshot, whose visits a walk holds at once where they fit
 DEGREE = 12  # the highest that a loss takes
 
 
@@ -106,8 +111,8 @@ def calls(d: int, dtype: torch.dtype, aligned: bool) -> Iterator[Callable[[], An
     for stored, where in product((torch.bfloat16, torch.float32), (slice(0, n), index)):
         yield partial(steps, ResponseField.dense(n, dtype=stored), n, d, dtype, where)
     labels = torch.arange(n) % 7
-    for kept in (torch.bfloat16, torch.float32):
-        field = ResponseField.snapshot(n, d, history=3, initial=labels, dtype=kept)
+    for kept, history in product((torch.bfloat16, torch.float32), HISTORIES):
+        field = ResponseField.snapshot(n, d, history=history, initial=labels, dtype=kept)
         yield partial(steps, field, n, d, dtype, index)
 
 
@@ -152,7 +157,7 @@ def quick() -> Iterator[Need]:
                 found.setdefault(program(got), got)
 
         with launches_for(table(target), keep):
-            for call in losses(d, DTYPES[dtype], True):
+            for call in calls(d, DTYPES[dtype], True):
                 call()
         for got in found.values():
             yield need(target, f"d={d} {dtype} aligned", got)

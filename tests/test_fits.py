@@ -16,6 +16,7 @@ TOO_MUCH = """
 from dataclasses import replace
 from bench import fits
 from rkdo_kernels import launch_tables
+from rkdo_kernels.field_snapshot import Snapshots
 from rkdo_kernels.launch import Config
 
 launch_tables.TWO_CHUNKS.clear()  # as the tables were: 248,320 bytes on sm_90
@@ -23,6 +24,9 @@ fits.QUICK = fits.QUICK[:1]
 wrong = [x.wrong for x in fits.quick() if x.wrong]
 assert wrong, "nothing is refused"
 assert all("of 232448 bytes of shared memory" in x for x in wrong), wrong
+fits.QUICK = [("sm_86", "_snapshot_walk", 33, "fp32")]
+Snapshots.fits_unrolled = lambda *_: True  # as all walks were: 139,264 bytes of 101,376
+assert any(x.wrong for x in fits.quick()), "no snapshot is refused"
 limited = Config(64, 64, 4, 2, registers=128).options
 assert fits.refused_options("gfx942", limited) == {"maxnreg"}
 assert fits.refused_options("sm_90", limited) == set()
