@@ -9,9 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import ROOT, environment, write_digits
 
+import rkdo.embed
+from rkdo.batches import Batches, evaluation_loader, training_loader
+from rkdo.config import TrainConfig
+from rkdo.data import load_data
 from rkdo.errors import ProcessLost, UserError
+from rkdo.pretrained import Transform
 from rkdo.record import Run
 from rkdo.workers import Loader, workers_watched
 
@@ -145,6 +151,37 @@ def test_a_worker_that_was_killed_is_one_line():
     with pytest.raises(ProcessLost, match="has ended") as caught, workers_watched():
         list(Loader(Deadly(), num_workers=1))
     assert "\n" not in str(caught.value)
+
+
+def full(*_, **__):
+    raise RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)")
+
+
+@pytest.mark.parametrize("loader", ["training", "evaluation", "embed"])
+def test_a_worker_without_shared_memory_is_one_line(loader, images, tmp_path, monkeypatch):
+    """Not a thread's traceback in the worker, whose batch then never comes."""
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)  # of batches that are stacked
+    config = TrainConfig(dataset="folder", data_dir=str(images), image_size=32, workers=1)
+    data, cpu = load_data(config), torch.device("cpu")
+    monkeypatch.setattr(rkdo.embed, "load_encoder", lambda *_, **__: Nothing(config))
+    take = {
+        "training": lambda: next(
+            iter(training_loader(data.train, config, Batches(8, 4, 2, 1, 0), cpu))
+        ),
+        "evaluation": lambda: next(iter(evaluation_loader(data.test, config, cpu))),
+        "embed": lambda: rkdo.embed.embed(tmp_path, images / "test", tmp_path / "x.npy", workers=1),
+    }[loader]
+    with pytest.raises(UserError, match="--workers needs more shared memory"), workers_watched():
+        take()
+
+
+class Nothing(torch.nn.Linear):
+    """An encoder that is not asked."""
+
+    def __init__(self, config):
+        super().__init__(1, 1)
+        self.width, self.transform = 1, Transform(config.size)
 
 
 @pytest.mark.parametrize(
