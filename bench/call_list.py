@@ -199,6 +199,9 @@ def fields() -> Iterator[FieldCall]:
         yield FieldCall(f"{name}: wide", dim=200, dtype="bf16", stored=stored, history=1, **own)
     yield FieldCall("snapshots in parts", "snapshot", batch=140, dim=64, dtype="bf16",
                     stored="bf16", splits=2, quick=True)  # fmt: skip
+    for stored in ("fp32", "bf16"):
+        yield FieldCall(f"snapshots of {stored}, one after another", "snapshot", dtype="bf16",
+                        stored=stored, scarce=True)  # fmt: skip
     yield FieldCall("snapshots, frozen keys", "snapshot", initial="identity", frozen="keys")
     yield FieldCall("snapshots of one sample", "snapshot", samples=1, batch=1, dim=1, history=1,
                     initial="identity")  # fmt: skip

@@ -139,5 +139,10 @@ def split_in(splits: int) -> AbstractContextManager:
     return patch.object(launch, "splits", lambda programs, count, step, *_: splits)
 
 
+def scarce_memory(scarce: bool) -> AbstractContextManager:
+    """Shared memory that holds nothing more than a walk must have."""
+    return patch.object(launch, "shared_memory", lambda _: 0) if scarce else nullcontext()
+
+
 def stripes_of(limit: int) -> AbstractContextManager:
     return patch.object(launch, "STRIPE_BYTES", limit) if limit else nullcontext()

@@ -17,7 +17,7 @@ from torch import Tensor
 import rkdo_kernels as rk
 from rkdo_kernels import reference
 
-from .calls import DTYPES, Outcome, evaluate, split_in, views
+from .calls import DTYPES, Outcome, evaluate, scarce_memory, split_in, views
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class FieldCall:
     history: int = 3
     frozen: str = ""
     splits: int = 1
+    scarce: bool = False  # shared memory, so that visits come one after another
     quick: bool = False
 
     ALPHA = 0.4
@@ -106,7 +107,7 @@ class FieldCall:
             settings["alpha"] = self.ALPHA
         if self.does == "none":
             settings["reduction"] = "none"
-        with split_in(self.splits):
+        with split_in(self.splits), scarce_memory(self.scarce):
             if self.does == "update":
                 call(**self.inputs(), **settings)
                 outcome: Outcome = {}

@@ -257,7 +257,15 @@ def test_the_same_bits_every_time(parts):
     assert not torch.equal(problem.run(field)["matrix"], first["matrix"])
 
 
+@pytest.fixture(params=[False, True], ids=["at once", "one after another"])
+def visits_apart(request, monkeypatch):
+    """Where shared memory does not hold every visit's tiles."""
+    if request.param:
+        monkeypatch.setattr(launch, "shared_memory", lambda _: 0)
+
+
 @pytest.mark.pairs
+@pytest.mark.usefixtures("visits_apart")
 @every_walk
 @pytest.mark.parametrize("history", [1, 4])
 @pytest.mark.parametrize("prior", ["columns", "labels"])
