@@ -125,3 +125,20 @@ def test_a_key_that_weighs_nothing_costs_no_row_where_all_of_s_is_small(alpha, t
     )
     assert torch.allclose(loss.double(), true, rtol=1e-5)
     assert torch.allclose(gradient[:-1].double(), of_most, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "info_nce", "rkdo", "icon, one-hot"])
+def test_a_key_of_weight_0_leaves_the_temperature_its_gradient(name, monkeypatch):
+    """By tiles, where its product is −∞: as if it were not there."""
+    monkeypatch.setattr(small, "MAX_ENTRIES", 0)
+    function, _, settings = LOSSES[name]
+    given = settings | OPEN | ({} if name == "logsumexp" else {"positive_offset": 0})
+    queries = torch.tensor([[1.0], [2.0]])
+    found = []
+    for keys in ([1.0, 3.0, 0.5], [1.0, 3.0, 0.5, -float("inf")]):
+        temperature = torch.tensor(0.5, requires_grad=True)
+        given["temperature"] = temperature
+        value = function(queries, torch.tensor(keys)[:, None], **given, backend="tiled").sum()
+        value.backward()
+        found.append((float(value.detach()), float(temperature.grad)))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
