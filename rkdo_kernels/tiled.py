@@ -20,8 +20,9 @@ FAR = 1e20  # products beyond it may be infinite, or become so
 
 
 def bottom(scales: Tensor) -> Tensor:  # []
-    """A logit below which no exponential is left, and whose multiples by `scales` are numbers."""
-    return torch.finfo(scales.dtype).max / -1e4 / scales.amax().clamp_min(1)
+    """A logit below which no exponential is left (at temperatures up to 1e36, in float32), and
+    whose multiples by `scales`, and sums of them, are numbers."""
+    return torch.finfo(scales.dtype).max / -8 / (1e3 * scales.amax()).clamp_min(1)
 
 
 def moments(

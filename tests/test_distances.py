@@ -147,3 +147,13 @@ def test_one_key_far_away_leaves_the_other_gradients_their_digits(far):
         results.append([x.double() for x in torch.autograd.grad(loss, list(pair.values()))])
     for found, true in zip(*results, strict=True):
         assert float((found - true).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("nearest", [1e-3, 1.0, 1e6, 1e30])
+def test_students_logits_less_the_nearest_keep_their_digits_far_away(nearest):
+    """Of two logarithms the difference has the roundings of both, which 1/τ multiplies."""
+    away = nearest * (1 + torch.logspace(-5, 1, 50))[None]
+    exact = away.double(), torch.tensor([[nearest]]).double()
+    true = torch.log1p(exact[1]) - torch.log1p(exact[0])
+    found = distances.below_peak(away.clone(), torch.tensor([[nearest]]))
+    assert ((found.double() - true).abs() <= 4e-7 * true.abs() + 1e-7 * (exact[1] > 1)).all()

@@ -127,8 +127,9 @@ def test_a_key_that_weighs_nothing_costs_no_row_where_all_of_s_is_small(alpha, t
     assert torch.allclose(gradient[:-1].double(), of_most, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("hot", [1e-3, 0.5, 1e30, 1e35])
 @pytest.mark.parametrize("name", ["logsumexp", "info_nce", "rkdo", "icon, one-hot"])
-def test_a_key_of_weight_0_leaves_the_temperature_its_gradient(name, monkeypatch):
+def test_a_key_of_weight_0_leaves_the_temperature_its_gradient(name, hot, monkeypatch):
     """By tiles, where its product is −∞: as if it were not there."""
     monkeypatch.setattr(small, "MAX_ENTRIES", 0)
     function, _, settings = LOSSES[name]
@@ -136,9 +137,18 @@ def test_a_key_of_weight_0_leaves_the_temperature_its_gradient(name, monkeypatch
     queries = torch.tensor([[1.0], [2.0]])
     found = []
     for keys in ([1.0, 3.0, 0.5], [1.0, 3.0, 0.5, -float("inf")]):
-        temperature = torch.tensor(0.5, requires_grad=True)
+        temperature = torch.tensor(hot, requires_grad=True)
         given["temperature"] = temperature
         value = function(queries, torch.tensor(keys)[:, None], **given, backend="tiled").sum()
         value.backward()
         found.append((float(value.detach()), float(temperature.grad)))
     assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_a_row_of_nan_does_not_hide_how_far_apart_others_are(monkeypatch):
+    """Row 1 meets a product of −∞, of numbers that are finite; row 0 is NaN."""
+    monkeypatch.setattr(small, "MAX_ENTRIES", 0)
+    queries, keys = torch.tensor([[float("nan")], [1e30]]), torch.tensor([[-1e10], [1.0]])
+    loss = rkdo_loss(queries, keys, bound=None, reduction="none", backend="tiled")
+    assert loss[0].isnan()
+    assert loss[1] == 0
