@@ -18,7 +18,7 @@ from rkdo.config import AT_MOST, flag
 from rkdo.errors import UserError
 from rkdo.files import require_room, write_atomically, writing
 from rkdo.images import find_images, read_image
-from rkdo.interrupt import listening
+from rkdo.interrupt import held, listening
 from rkdo.pretrained import LoadedEncoder, Transform, load_encoder
 from rkdo.workers import Loader, hand_over, workers_watched
 
@@ -135,7 +135,9 @@ def _embeddings(
         collate_fn=_batch,
         generator=torch.Generator(),
     )
-    with tqdm(total=len(paths), unit="image", disable=None) as progress:
+    with held():  # it may have a thread that watches it
+        progress = tqdm(total=len(paths), unit="image", disable=None)
+    with progress:
         for index, views in loader:
             if views is not None:
                 rows[len(kept) : len(kept) + len(index)] = encoder(views).cpu()

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from rkdo.errors import UserError
+from rkdo.interrupt import held
 
 AT_ONCE = 4096  # files that are handed to the threads that look for unreadable ones
 PHOTOMETRIC, BITS = 262, 258  # tags of a TIFF
@@ -62,13 +62,20 @@ def read_image(path: Path) -> Tensor:  # [3, H, W] uint8
 def unreadable(paths: Sequence[Path]) -> dict[Path, str]:
     """Those of the files that `read_image` refuses, and why: all are decoded, on every core (a
     JPEG at an eighth of its size, which needs all of its bytes but not all of the time)."""
-    groups = [paths[first : first + AT_ONCE] for first in range(0, len(paths), AT_ONCE)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = chain.from_iterable(pool.map(_fault, group) for group in groups)
-        watched = tqdm(
-            faults, "looking at the images", len(paths), leave=False, unit="image", delay=1
-        )
-        return {path: fault for path, fault in zip(paths, watched, strict=True) if fault}
+    found: dict[Path, str] = {}
+    with held():  # it may have a thread that watches it
+        progress = tqdm(desc="looking at the images", total=len(paths), leave=False, unit="image",
+                        delay=1)  # fmt: skip
+    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, len(paths), AT_ONCE):
+            group = paths[first : first + AT_ONCE]
+            with held():
+                faults = pool.map(_fault, group)
+            for path, fault in zip(group, faults, strict=True):
+                if fault:
+                    found[path] = fault
+                progress.update()
+    return found
 
 
 def _fault(path: Path) -> str:

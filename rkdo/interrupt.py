@@ -62,6 +62,17 @@ def listening() -> Iterator[StopRequest]:
 
 
 @contextmanager
+def held() -> Iterator[None]:
+    """Inside, signals wait. Where threads are started, an exception in between would leave one that
+    Python has half forgotten, and whose own end is a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def by_default() -> Iterator[None]:
     """Inside, signals do what they do to any program: end it, even if it waits in a library."""
     if threading.current_thread() is not threading.main_thread():

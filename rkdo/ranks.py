@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rkdo.errors import ProcessLost, TrainingError, UserError
-from rkdo.interrupt import by_default
+from rkdo.interrupt import by_default, held
 
 POLL = 0.5  # seconds until a rank notices that torchrun is gone
 T = TypeVar("T")
@@ -190,4 +190,5 @@ def _end_with_parent() -> None:
             never.wait(POLL)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    with held():
+        threading.Thread(target=watch, daemon=True).start()

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,10 +14,13 @@ import torch
 from runs import ROOT, environment, write_digits
 
 import rkdo.embed
+from rkdo import ranks
 from rkdo.batches import Batches, evaluation_loader, training_loader
 from rkdo.config import TrainConfig
 from rkdo.data import load_data
-from rkdo.errors import ProcessLost, UserError
+from rkdo.errors import ProcessLost, Stopped, UserError
+from rkdo.images import find_images, unreadable
+from rkdo.interrupt import listening
 from rkdo.pretrained import Transform
 from rkdo.record import Run
 from rkdo.workers import Loader, workers_watched
@@ -200,3 +204,34 @@ class Nothing(torch.nn.Linear):
 def test_errors_out_of_workers(raised, kind, said):
     with pytest.raises(kind, match=said), workers_watched():
         raise raised
+
+
+# --- a signal in the middle of something ----------------------------------------------------------
+
+
+def look_at(images):
+    unreadable(find_images(images / "test"))
+
+
+def start_watch(_):
+    ranks._end_with_parent()
+
+
+@pytest.mark.parametrize("starts", [look_at, start_watch])
+def test_a_signal_while_threads_start_is_heard_after(starts, images, monkeypatch):
+    """Raised in the middle of `Thread.start` it left a thread that ended in a traceback."""
+    name = next(x for x in ("_start_joinable_thread", "_start_new_thread") if hasattr(threading, x))
+    start, ignored = getattr(threading, name), []
+
+    def start_and_signal(*given, **more):
+        result = start(*given, **more)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    monkeypatch.setattr(ranks.os, "getppid", lambda: 1)
+    monkeypatch.setattr(ranks, "POLL", 3600)
+    monkeypatch.setattr(threading, name, start_and_signal)
+    with listening(), pytest.raises(Stopped):
+        starts(images)
+    assert ignored == []
