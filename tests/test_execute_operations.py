@@ -1,5 +1,6 @@
 """Every one-lane operation of the PTX interpreter against NumPy or Python's whole numbers."""
 
+import math
 from fractions import Fraction
 
 import execute_programs as programs
@@ -246,9 +247,23 @@ def converted(parts, result, source, x):
 
 def in_bfloat16(base, *x):
     """By halves, where there are two."""
-    a, b = (torch.from_numpy(value.view(np.int16)).view(torch.bfloat16) for value in x)
-    result = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}[base](a, b)
+    parts = [torch.from_numpy(value.view(np.int16)).view(torch.bfloat16) for value in x]
+    if base == "fma":
+        result = torch.tensor([once_rounded(*(float(v) for v in of)) for of in zip(*parts)])
+        result = result.bfloat16()
+    else:
+        result = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}[base](*parts)
     return result.view(torch.int16).numpy().view(x[0].dtype)
+
+
+def once_rounded(a, b, c):
+    """a·b + c to bfloat16's eight digits, halves to even, from the exact sum."""
+    near = a * b + c
+    if not math.isfinite(near) or near == 0:
+        return near
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    step = Fraction(2) ** max(math.frexp(near)[1] - 8, -133)
+    return float(round(exact / step) * step)
 
 
 def cut(values, kind):
@@ -311,3 +326,13 @@ def test_an_operation_is_what_numpy_says(name):
     assert agrees.all(), [
         (*(x[i] for x in operands), got[i], want[i]) for i in np.flatnonzero(~agrees)
     ][:4]
+
+
+def test_a_bfloat16_fma_rounds_once():
+    """Its product lies half-way between two numbers: what decides is far below."""
+    a, b = np.uint16(0x3FC0), np.uint16(0x3F81)  # 1.5 · (1 + 2⁻⁷)
+    least = [0x0D80, 0x8D80, 0, 0x0001, 0x8001]  # ±2⁻¹⁰⁰, 0, ± the least there is
+    operands = [np.full(32, x, np.uint16) for x in (a, b, 0)]
+    operands[2][: len(least)] = least
+    got = executed("fma.bf16", operands).view(np.uint16)[: len(least)]
+    assert [hex(x) for x in got] == ["0x3fc2", "0x3fc1", "0x3fc2", "0x3fc2", "0x3fc1"]

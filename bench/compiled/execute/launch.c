@@ -9,7 +9,8 @@ static void nothing(Warp *W, const Instruction *I, uint32_t m) { }
 static void trap(Warp *W, const Instruction *I, uint32_t m) { report(TRAPPED, m); }
 #include "operations.h"   // generated: one function an operation, and their table
 enum { BRANCH, BARRIER, RETURN, FIRST_OF_TABLE };
-enum { ON_WGMMA_REGISTERS = -3 };   // as a target: not wgmma itself, and has a register of one
+// As a target: not wgmma itself, and has a register of one; the same, and is a mov.
+enum { ON_WGMMA_REGISTERS = -3, MOVES_ON_WGMMA = -4 };
 enum { SPECIAL = 16 };   // as a width: a value that depends on the lane, the warp or the program
 enum { AT_BARRIER = 1, AT_END = 2 };
 
@@ -19,10 +20,12 @@ typedef struct {
   uint8_t *reached;                  // an instruction: REACHED, MASKED
 } Run;
 
+// LLVM copies accumulators behind the fence too. ptxas (12.8 and 12.9) renames such a mov away, gives
+// a product of zeros no accumulator (RZ, !UPT), or adds a fence (C7519): a mov is no use.
 static void use_wgmma_registers(Warp *W, const Instruction *I) {
   for (int k = 0; k < I->count; k++) {
     if (W->busy[SLOT(k)]) report(WGMMA_REGISTER, k);
-    W->traces[SLOT(k)].fences = W->wgmma_fences;
+    if (I->target != MOVES_ON_WGMMA) W->traces[SLOT(k)].fences = W->wgmma_fences;
   }
 }
 
@@ -58,7 +61,7 @@ static int advance(Warp *W, Run *run, int *barrier) {
       run->reached[pc] |= m == active ? REACHED : REACHED | MASKED;
       if (I->op >= FIRST_OF_TABLE) {
         if (m) {
-          if (I->target == ON_WGMMA_REGISTERS) use_wgmma_registers(W, I);
+          if (I->target <= ON_WGMMA_REGISTERS) use_wgmma_registers(W, I);
           operations[I->op - FIRST_OF_TABLE](W, I, m);
         }
         pc++;

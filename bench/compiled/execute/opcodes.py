@@ -162,12 +162,16 @@ def floating() -> dict[str, Operation]:
             put("lg2", 1, f"log2f({a})")
             put("sin", 1, f"sinf({a})")
             put("cos", 1, f"cosf({a})")
-    for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*")):
-        # Rounded to float32 first, which has more than twice bfloat16's digits: once more is once.
-        value = "to_bf16(from_bf16(a{at}) %s from_bf16(b{at}))" % sign
+    # Rounded to float32 first, which has more than twice bfloat16's digits: once more is once.
+    halves = {
+        name: f"to_bf16(from_bf16(a{{at}}) {sign} from_bf16(b{{at}}))"
+        for name, sign in (("add", "+"), ("sub", "-"), ("mul", "*"))
+    } | {"fma": "fma_bf16(a{at}, b{at}, c{at})"}
+    for name, value in halves.items():
+        count = 4 if name == "fma" else 3
         high, low = (value.format(at=at) for at in (" >> 16", " & 0xffff"))
-        found[f"{name}.bf16"] = Operation(("b16",) * 3, value.format(at=""))
-        found[f"{name}.bf16x2"] = Operation(("b32",) * 3, f"{high} << 16 | {low}")
+        found[f"{name}.bf16"] = Operation(("b16",) * count, value.format(at=""))
+        found[f"{name}.bf16x2"] = Operation(("b32",) * count, f"{high} << 16 | {low}")
     found["tanh.f32"] = Operation(("f32", "f32"), "tanhf(a)")
     found["rcp.f64"] = Operation(("f64", "f64"), "1.0 / a")
     # rcp.approx.ftz.f64: the low 32 bits of operand and result are zero (PTX ISA, "rcp").

@@ -17,6 +17,7 @@ INSTRUCTION = struct.Struct("<10i2q")  # warp.h: Instruction
 TARGET = 12  # where in it a branch's target stands
 BRANCH, BARRIER, RETURN, FIRST_OF_TABLE = range(4)
 ON_WGMMA_REGISTERS = -3  # as a target: not wgmma itself, and has a register of one
+MOVES_ON_WGMMA = -4  # the same, and is a mov
 ADDRESS = re.compile(r"\[\s*(.+?)\s*(?:\+\s*(-?\w+)\s*)?\]$")
 NUMBER = re.compile(r"-?(?:0x[0-9a-fA-F]+|\d+)U?$")
 SPECIAL = (
@@ -102,7 +103,9 @@ class _Assembler:
             op, first, count = fields[0], fields[5], fields[6]
             used = not self.wgmma_registers.isdisjoint(operands[first : first + count])
             if used and op != NUMBERS["wgmma"]:
-                struct.pack_into("<i", code, at * INSTRUCTION.size + TARGET, ON_WGMMA_REGISTERS)
+                moves = op in (NUMBERS["mov.b32"], NUMBERS["mov.f32"])
+                mark = MOVES_ON_WGMMA if moves else ON_WGMMA_REGISTERS
+                struct.pack_into("<i", code, at * INSTRUCTION.size + TARGET, mark)
 
     # ---- operands
 

@@ -19,6 +19,16 @@ static inline uint32_t to_bf16(float x) {
   if (x != x) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+// One rounding: on the way there, what is left over makes the last bit odd.
+static inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
+  double product = (double)from_bf16(a) * from_bf16(b), term = from_bf16(c), sum = product + term;
+  double back = sum - product, rest = (product - (sum - back)) + (term - back);
+  if (sum - sum != 0) return to_bf16((float)sum);
+  uint64_t bits = bits_f64(sum), below = bits & 0x1fffffff;
+  if (!below && rest != 0 && (rest < 0) != (sum < 0)) bits--;
+  bits = (bits & ~0x1fffffffull) | (uint64_t)(below || rest != 0) << 29;
+  return to_bf16((float)as_f64(bits));
+}
 
 static inline float from_f16(uint32_t bits) {
   uint32_t sign = (bits & 0x8000) << 16, exponent = bits >> 10 & 31, digits = bits & 1023;
