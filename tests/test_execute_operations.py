@@ -249,7 +249,9 @@ def in_bfloat16(base, *x):
     """By halves, where there are two."""
     parts = [torch.from_numpy(value.view(np.int16)).view(torch.bfloat16) for value in x]
     if base == "fma":
-        result = torch.tensor([once_rounded(*(float(v) for v in of)) for of in zip(*parts)])
+        result = torch.tensor(
+            [once_rounded(*(float(v) for v in of)) for of in zip(*parts, strict=True)]
+        )
         result = result.bfloat16()
     else:
         result = {"add": torch.add, "sub": torch.sub, "mul": torch.mul}[base](*parts)
