@@ -319,6 +319,51 @@ def test_what_the_yardstick_allows_for_hides_no_fault(loss, backend, change, of,
     assert len(found) >= 4, [judge.judge(case) for case in chosen]
 
 
+COLUMNS_ALIKE = cases.Case(  # whose logits differ by a rounding of S, which is .001 of them
+    338482, n=2, d=32, drawn=(2, 0, 32), place="collapsed", pairs="correlated", temperature=0.05,
+    layouts=("contiguous", "one row expanded"), upstream="ones", backend="one_pass",
+    settings={"alpha": 0.5, "depth": 1, "cooling": 0.999, "detach_target": False},
+)  # fmt: skip
+ROWS_ALIKE = cases.Case(  # whose roundings of log Σ exp add up, over rows and levels
+    183189, n=64, d=33, drawn=(64, 0, 33), pairs="aligned", length=0.01, temperature=0.05,
+    learnable="float32", bound=None, reduction="mean",
+    settings={"alpha": 0.623, "depth": 16, "cooling": 0.0, "detach_target": False},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [(COLUMNS_ALIKE, tilts("keys", 1.0)), (ROWS_ALIKE, tilts("temperature", 1e-4))],
+    ids=["columns alike", "rows alike"],
+)
+def test_what_a_rounding_explains_is_no_miss_and_more_is(case, change, monkeypatch):
+    miss = judge.judge(case)
+    assert miss is None or miss.rounding
+    wrong(monkeypatch, case.loss, change)
+    assert not judge.judge(case).at_the_edge
+
+
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_one_rounding_is_about_what_eager_errs_by(loss):
+    """Where nothing cancels; and one of no size is none."""
+    case = next(
+        c for c in (cases.draw(seed, (loss,), ("tiled",), 16) for seed in range(10**6))
+        if c.dtype == "float32" and c.n > 4 and not c.second and c.settings.get("depth", 0) < 5
+    ).but(specials=(), place="sphere", pairs="independent", temperature=0.5, frozen="",
+          learnable="", length=1.0, bound=1.0, upstream="ones", reduction="none")  # fmt: skip
+    inputs = case.inputs()
+    true = judge.truth_of(case, *inputs, exact=True)
+    none = judge.true_loss(case, truth.Rounding(0.0, 1))
+    same = judge.evaluate(case, none, *(x.double() for x in inputs), None)
+    eager = dict.fromkeys(true, 0.0)
+    for draw in range(judge.FIRST):
+        for name, error in judge.another_draw(case, *inputs, true, draw).items():
+            eager[name] = max(eager[name], error)
+    for name, shaken in judge.rounded_once(case, *inputs).items():
+        torch.testing.assert_close(same[name], true[name], rtol=1e-12, atol=1e-12)
+        assert eager[name] / 4 < shaken < 20 * eager[name], (case, name, shaken / eager[name])
+
+
 def test_a_fields_row_without_a_normal_mass_has_no_target():
     update = fields.Call("update", (4, 5, 6, 7, 8), 1.0, 0.01, "independent", 0)
     loss = fields.Call("loss", (4, 10), 0.15, 1.0, "independent", 1)

@@ -21,37 +21,94 @@ STEP = "1e-30"
 WORK = 1500  # exponentials that the truth in 80 digits may take
 
 
-def losses(case: Case, queries: Tensor, keys: Tensor, temperature: float | Tensor) -> Tensor:
+class Rounding:
+    """One rounding, up or down, of every number that a softmax takes and gives: of its logits x, of
+    log q, of the p that log q meets in the gradient, of rows' log Σ exp; and of α and 1 − α.
+
+    Unlike a perturbation of the inputs it has what cancels: columns that are alike, and losses near
+    0 of terms near 1. Rows that are alike round alike, and all masses do: often they are as large.
+    """
+
+    def __init__(self, unit: float, seed: int):
+        self.unit = unit
+        self.generator = torch.Generator().manual_seed(seed)
+        self.of_masses = self.one()
+
+    def signs(self, x: Tensor) -> Tensor:
+        different, same = torch.unique(x.detach(), dim=0, return_inverse=True)
+        signs = torch.randint(0, 2, different.shape, generator=self.generator)
+        return (2 * signs - 1).to(x.dtype)[same] * self.unit
+
+    def one(self) -> float:
+        """Of a number that all rows share."""
+        return self.unit * (2 * int(torch.randint(0, 2, (), generator=self.generator)) - 1)
+
+    def logits(self, x: Tensor, rounded: Tensor | None = None) -> Tensor:
+        size = 1 + (x if rounded is None else rounded).detach().abs()
+        return x + (self.signs(x) * size).nan_to_num(0.0, 0.0, 0.0)
+
+    def log_q(self, x: Tensor, log_q: Tensor) -> Tensor:
+        finite = torch.where(torch.isfinite(x), x, 0)
+        gradient = finite - finite.detach()  # 0, but for what is added to the gradient
+        of_p = self.signs(finite) * gradient
+        peak = x.amax(1, keepdim=True)  # from which a temperature's gradient has its logits
+        mass = 1 + (torch.logsumexp(x, 1, keepdim=True) - peak).detach()
+        below = gradient - (peak - peak.detach())
+        of_q = self.of_masses * mass * (log_q.detach().exp() * below).sum(1, keepdim=True)
+        return log_q + self.signs(finite) * (1 + finite.detach().abs()) + of_p - of_q
+
+
+def log_softmax(x: Tensor, dim: int, rounding: Rounding | None) -> Tensor:
+    if rounding is None:
+        return torch.log_softmax(x, dim)
+    if dim == 0:
+        return log_softmax(x.T, 1, rounding).T
+    x = rounding.logits(x)
+    return rounding.log_q(x, torch.log_softmax(x, 1))
+
+
+def losses(
+    case: Case,
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    rounding: Rounding | None = None,
+) -> Tensor:
     """[rows], or [n, degree + 1] for moments; a tensor temperature is [] or [rows, 1]."""
     s, settings = case.settings, case.settings
     diagonal = torch.arange(len(queries), device=queries.device)
     if case.loss == "nt_xent":
         images, n = torch.cat([queries, keys]), len(queries)
         logits = without_self(images @ images.T / temperature)
-        return -torch.log_softmax(logits, 1)[torch.arange(2 * n), torch.arange(2 * n).roll(n)]
+        log_q = log_softmax(logits, 1, rounding)
+        return -log_q[torch.arange(2 * n), torch.arange(2 * n).roll(n)]
     if case.loss == "icon_loss" and s["kernel"] == "student":
         similarity = -torch.log1p((queries[:, None] - keys).square().sum(2))
     else:
         similarity = queries @ keys.T
     if case.loss == "similarity_moments":
-        weight = torch.exp((similarity - case.bound) / temperature)
+        exponents = (similarity - case.bound) / temperature
+        if rounding is not None:  # of S, before the bound is taken away
+            exponents = rounding.logits(exponents, similarity / temperature)
+        weight = torch.exp(exponents)
         if s["exclude_self"]:
             weight = torch.where(self_pairs(weight), 0, weight)
         u = similarity / case.bound
         return torch.stack([(weight * u**k).sum(1) for k in range(s["degree"] + 1)], 1)
     positive = diagonal + case.offset
     if case.loss == "rkdo_loss":
-        return recursion(similarity, positive, temperature, **settings)
+        return recursion(similarity, positive, temperature, rounding, **settings)
     logits = similarity / temperature
     if s.get("exclude_self"):
         logits = without_self(logits)
     if case.loss == "similarity_logsumexp":
-        return logsumexp(logits)
-    rows = -torch.log_softmax(logits, 1)[diagonal, positive]
+        return logsumexp(logits if rounding is None else rounding.logits(logits))
+    log_q = log_softmax(logits, 1, rounding)
+    rows = -log_q[diagonal, positive]
     if s.get("symmetric"):
-        return (rows - torch.log_softmax(logits, 0)[positive, diagonal]) / 2
+        return (rows - log_softmax(logits, 0, rounding)[positive, diagonal]) / 2
     if case.loss == "icon_loss":
-        return kl_to_debiased(logits, positive, s["debias"])
+        return kl_to_debiased(log_q, positive, s["debias"])
     return rows
 
 
@@ -64,10 +121,9 @@ def without_self(logits: Tensor) -> Tensor:
     return torch.where(self_pairs(logits), float("-inf"), logits)
 
 
-def kl_to_debiased(logits: Tensor, positive: Tensor, debias: float) -> Tensor:
+def kl_to_debiased(log_q: Tensor, positive: Tensor, debias: float) -> Tensor:
     """Σ_j p (log p − log q), p = (1 − δ) I + δ / M."""
-    log_q = torch.log_softmax(logits, 1)
-    n, m = logits.shape
+    n, m = log_q.shape
     p = torch.full_like(log_q, debias / m)
     p[torch.arange(n), positive] += 1 - debias
     return torch.where(p == 0, 0, p * (torch.where(p == 0, 1, p).log() - log_q)).sum(1)
@@ -77,6 +133,7 @@ def recursion(
     similarity: Tensor,
     positive: Tensor,
     temperature: float | Tensor,
+    rounding: Rounding | None,
     *,
     alpha: float,
     depth: int,
@@ -86,10 +143,16 @@ def recursion(
     """Σ_t KL(p_t ‖ q_t), with log p_t = log Σ_s α (1 − α)^(t−1−s) q_s, and (1 − α)^t more at the
     positive."""
     n = len(similarity)
+    log_new, log_kept = (
+        math.log(alpha) if alpha else -math.inf,
+        math.log1p(-alpha) if alpha < 1 else -math.inf,
+    )
+    if rounding is not None:
+        log_new, log_kept = log_new + rounding.one(), log_kept + rounding.one()
     at = torch.zeros_like(similarity, dtype=torch.bool)
     at[torch.arange(n), positive] = True
     log_q = [
-        torch.log_softmax(similarity / (temperature * (1 - cooling * t / depth)), 1)
+        log_softmax(similarity / (temperature * (1 - cooling * t / depth)), 1, rounding)
         for t in range(depth + 1)
     ]
     loss = similarity.new_zeros(n)
@@ -98,12 +161,12 @@ def recursion(
         if alpha == 0:
             loss = loss - log_q[t][at]
             continue
-        new = math.log(alpha) + log_q[t - 1]
+        new = log_new + log_q[t - 1]
         first = off is None or alpha == 1
-        off = new if first else log_of_sum(math.log1p(-alpha) + off, new)
+        off = new if first else log_of_sum(log_kept + off, new)
         log_p = off
         if alpha < 1:
-            log_p = torch.where(at, log_of_sum(off, t * math.log1p(-alpha)), off)
+            log_p = torch.where(at, log_of_sum(off, t * log_kept), off)
         if detach_target:
             log_p = log_p.detach()
         loss = loss + (log_p.exp() * (log_p - log_q[t])).sum(1)
