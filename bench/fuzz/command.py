@@ -5,7 +5,8 @@ python -m bench fuzz --cases 3000 --seed 0   so many, the same ones every time
 python -m bench fuzz --case 1234             one, again, with the options that found it
 
 A miss by less than a factor of 2 is counted as one at the edge: eager's error over some draws is no
-bound of what a correct kernel's rounding may be on another CPU.
+bound of what a correct kernel's rounding may be on another CPU. So is one that a single rounding of
+every logit, p and q explains.
 """
 
 from __future__ import annotations
