@@ -18,6 +18,9 @@ from rkdo.errors import Stopped, TrainingError, UserError
 from rkdo.imports import importing
 from rkdo.unexpected import describe
 
+POSITIONAL = {
+    ("evaluate", "run"), ("embed", "run"), ("field", "run"), ("check-data", "folder"),
+}  # fmt: skip
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     folder: Path | None = None
     try:
-        if given == ["--version"]:
+        if given[:1] == ["--version"]:
             print(_version())
             return 0
         command = _parse(given)
@@ -108,15 +111,21 @@ def _evaluate(
 
 def _check_data(folder: Path) -> None:
     with importing():
-        from rkdo.images import find_images, unreadable
+        from rkdo.data import Skipped, left_out, load_training, used_files
+        from rkdo.images import unreadable
 
-    paths = find_images(folder, "FOLDER")
+    config = TrainConfig(dataset="folder", data_dir=str(folder))
+    data = load_training(config)
+    paths = used_files(config, data)
     faults = unreadable(paths)
     for path, why in faults.items():
         print(path, why)
+    others = left_out(config, data, Skipped())
+    if others:
+        print(f"{len(others)} other files are not used, the first is {others[0]}")
     if faults:
         raise UserError(f"{len(faults)} of {len(paths)} images below {folder} cannot be used")
-    print(f"all {len(paths)} images can be used")
+    print(f"images that can be used: all {len(paths)}")
 
 
 def _field(run: Path, out: Path | None, classes: int, images: int, data_dir: str | None) -> None:
@@ -139,12 +148,16 @@ def _embed(run: Path, data: Path, out: Path, how: dict[str, Any]) -> None:
 
 
 def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Command:
-    """What `arguments` ask for, ready to be called.
-
-    To resume, they are read once more on top of the settings of the run, `run_config`.
-    """
+    """What `arguments` ask for, ready to be called; to resume, on top of the settings of the run,
+    `run_config`."""
     with importing():
         import tyro
+
+    if run_config is None and (out := _resumed(arguments)):
+        with importing():
+            from rkdo.record import Run
+
+        return _parse(arguments, Run(Path(out)).read_config())
 
     def train(
         out: Path,
@@ -166,11 +179,8 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
         """
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other")
-        if resume and run_config is None:
-            with importing():
-                from rkdo.record import Run
-
-            return _parse(arguments, Run(out).read_config())
+        if not out.parts:
+            raise UserError("--out must name a folder, got ''")
         config.check_read(_settings_in(arguments))
         return Command(out, lambda: _train(config, out, resume, overwrite, wait))
 
@@ -278,7 +288,10 @@ def _meant(arguments: list[str], commands: dict[str, Any]) -> str:
     if known is None:
         wrong, names = arguments[0], [*commands, "--version", "--help"]
     else:
-        own = [name for name in inspect.signature(known).parameters if name != "config"]
+        own = [
+            name for name in inspect.signature(known).parameters
+            if name != "config" and (arguments[0], name) not in POSITIONAL
+        ]  # fmt: skip
         if "config" in inspect.signature(known).parameters:
             own += [field.name for field in fields(TrainConfig)]
         names = [flag(name) for name in own]
@@ -287,6 +300,17 @@ def _meant(arguments: list[str], commands: dict[str, Any]) -> str:
         wrong = unknown[0] if unknown else ""
     close = difflib.get_close_matches(wrong, names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _resumed(arguments: list[str]) -> str | None:
+    """The folder of the run that `arguments` say to resume."""
+    switches = [word for word in arguments if word in ("--resume", "--no-resume")]
+    if arguments[:1] != ["train"] or switches[-1:] != ["--resume"] or "--overwrite" in arguments:
+        return None
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    given = [word[6:] if word[5:6] == "=" else following for word, following in pairs
+             if word == "--out" or word.startswith("--out=")]  # fmt: skip
+    return given[-1] if given else None
 
 
 def _setting(word: str) -> str:

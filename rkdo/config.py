@@ -35,6 +35,8 @@ NEEDS: dict[str, Needed] = {
     "history": {"recursion": ("snapshot",)},
     "field_dtype": FIELD,
     "update_every": FIELD,
+    "data_dir": {"dataset": ("cifar10", "cifar100", "stl10", "folder")},
+    "download": {"dataset": ("cifar10", "cifar100", "stl10")},
     "evaluate_dir": {"dataset": ("folder",)},
     "skip_unreadable": {"dataset": ("folder",)},
 }

@@ -1,5 +1,6 @@
 """The images that a run trains on, and those that its encoder is judged on."""
 
+import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torchvision import datasets
 
 from rkdo.config import TrainConfig
 from rkdo.errors import UserError
-from rkdo.images import find_images, read_image, unreadable
+from rkdo.images import find_files, find_images, is_image, read_image, unreadable
 from rkdo.imports import importing
 
 NAMED = 5  # unreadable files that an error names
@@ -57,7 +58,12 @@ class FileImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return read_image(self.paths[index])
+        try:
+            return read_image(self.paths[index])
+        except UserError as error:  # it was readable when the run began
+            raise UserError(
+                f"{error}: put it back, or another image in its place, and go on with --resume"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -163,23 +169,59 @@ def find_unreadable(config: TrainConfig) -> Skipped:
     """
     if config.dataset != "folder":
         return Skipped()
-    data, found = load_training(config), []
-    judged = _paths(data.judged.train, data.judged.test) if data.judged else []
-    own = _paths(data.images) + ([] if config.evaluate_dir else judged)
-    for name, folder, paths in (
-        ("--data-dir", config.data_dir, own),
-        ("--evaluate-dir", config.evaluate_dir, judged if config.evaluate_dir else []),
-    ):
-        faults = unreadable(list(dict.fromkeys(paths)))
+    found = []
+    for name, folder, paths in _folders(config, load_training(config)):
+        faults = unreadable(paths)
         if faults and not config.skip_unreadable:
             named = "; ".join(f"{path} {why}" for path, why in list(faults.items())[:NAMED])
             more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
             raise UserError(
-                f"{name}: {len(faults)} of {len(set(paths))} images cannot be used: {named}{more} "
+                f"{name}: {len(faults)} of {len(paths)} images cannot be used: {named}{more} "
                 f"(--skip-unreadable goes on without them, rkdo check-data {folder} lists them)"
             )
-        found.append(tuple(path.relative_to(folder).as_posix() for path in faults if folder))
+        found.append(tuple(path.relative_to(folder).as_posix() for path in faults))
     return Skipped(*found)
+
+
+def used_files(config: TrainConfig, data: TrainingData) -> list[Path]:
+    """The image files of a run."""
+    return [path for _, _, paths in _folders(config, data) for path in paths]
+
+
+def left_out(config: TrainConfig, data: TrainingData, skipped: Skipped) -> list[Path]:
+    """Files below the folders of a run that it makes no use of, hidden and unreadable ones aside:
+    they have no image's name, or lie beside the folders of the classes."""
+    found = []
+    for (name, folder, paths), names in zip(
+        _folders(config, data), (skipped.data_dir, skipped.evaluate_dir), strict=False
+    ):
+        used = {*paths, *(folder / skipped_name for skipped_name in names)}
+        found += [path for path in find_files(folder, name) if path not in used]
+    return found
+
+
+def fingerprint(config: TrainConfig, images: Images) -> str | None:
+    """What tells a folder's images from others, of their names below it: one that was damaged may
+    have been replaced. None of images that are no files."""
+    if not isinstance(images, FileImages):
+        return None
+    digest = hashlib.sha256()
+    for path in images.paths:
+        name = path.relative_to(config.data_dir).as_posix()
+        digest.update(f"{name}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _folders(config: TrainConfig, data: TrainingData) -> list[tuple[str, Path, list[Path]]]:
+    """The folders of a run's images by their settings, with those that it uses of each."""
+    if config.dataset != "folder":
+        return []
+    judged = _paths(data.judged.train, data.judged.test) if data.judged else []
+    if config.evaluate_dir:
+        own = [("--data-dir", Path(config.data_dir), _paths(data.images))]
+        return [*own, ("--evaluate-dir", Path(config.evaluate_dir), judged)]
+    paths = list(dict.fromkeys(_paths(data.images) + judged))
+    return [("--data-dir", Path(config.data_dir), paths)]
 
 
 def _paths(*images: Images) -> list[Path]:
@@ -214,18 +256,21 @@ def _folder(root: Path, skipped: Collection[str]) -> Data:
     (train, classes), (test, others) = (
         _classes(root, part, skipped) for part in ("train", held_out)
     )
-    if classes != others:
-        raise UserError(
-            f"--data-dir: train and {held_out} must hold the same classes, "
-            f"got {len(classes)} and {len(others)}"
-        )
+    for part, own, missing in (("train", classes, others), (held_out, others, classes)):
+        alone = sorted(set(own) - set(missing))
+        if alone:
+            more = f" and {len(alone) - NAMED} more" if len(alone) > NAMED else ""
+            raise UserError(
+                f"--data-dir: train and {held_out} must hold the same classes, only {part} has "
+                f"{', '.join(alone[:NAMED])}{more}"
+            )
     return Data(train, test, len(train.labels.unique()))
 
 
 def _classes(root: Path, part: str, skipped: Collection[str]) -> tuple[LabelledFiles, list[str]]:
     """The images in `part`, and what its class folders are called."""
     try:
-        found = datasets.ImageFolder(str(root / part))
+        found = _ClassFolders(str(root / part), is_valid_file=lambda path: is_image(Path(path)))
     except OSError as error:  # FileNotFoundError: no class folders, or none with images
         raise UserError(
             f"--data-dir: {_one_line(error)} (images without labels: --data-dir {root / part})"
@@ -234,6 +279,13 @@ def _classes(root: Path, part: str, skipped: Collection[str]) -> tuple[LabelledF
     paths = _without(list(labels), root, skipped)
     targets = torch.tensor([labels[path] for path in paths], dtype=torch.int64)
     return LabelledFiles(paths, targets), found.classes
+
+
+class _ClassFolders(datasets.ImageFolder):
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """But hidden folders."""
+        classes = [name for name in super().find_classes(directory)[0] if name[0] != "."]
+        return classes, {name: i for i, name in enumerate(classes)}
 
 
 def _without(paths: Sequence[Path], root: Path, skipped: Collection[str]) -> list[Path]:

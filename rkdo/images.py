@@ -8,13 +8,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from rkdo.errors import UserError
 from rkdo.interrupt import held
 
+FORMATS = {  # of Pillow, with the pixels of a picture
+    "AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP",
+}  # fmt: skip
+EXTENSIONS = tuple(sorted(
+    extension for extension, kind in Image.registered_extensions().items()
+    if kind in FORMATS and kind in Image.OPEN
+))  # fmt: skip
 AT_ONCE = 4096  # files that are handed to the threads that look for unreadable ones
 PHOTOMETRIC, BITS = 262, 258  # tags of a TIFF
 DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
@@ -28,8 +34,27 @@ def find_images(folder: Path, name: str = "--data-dir") -> list[Path]:
     Raises:
         UserError: there is no such folder, it cannot be listed, or it holds no images.
     """
+    found = [path for path in find_files(folder, name) if is_image(path)]
+    if not found:
+        kinds = "jpg, png, gif, tif, webp and their like"
+        raise UserError(f"{name} must hold images ({kinds}), there are none below {folder}")
+    return found
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file's name is that of an image, and not a hidden one's."""
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+
+
+def find_files(folder: Path, name: str = "--data-dir") -> list[Path]:
+    """All files below `folder` by their path, but hidden ones and those in hidden folders.
+
+    Raises:
+        UserError: there is no such folder, or it cannot be listed.
+    """
     if not folder.is_dir():
-        raise UserError(f"{name} must be a folder of images, there is no folder {folder}")
+        what = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise UserError(f"{name} must be a folder of images, {what}")
     found: list[Path] = []
     seen: set[str] = set()  # a link may lead back up
 
@@ -40,12 +65,8 @@ def find_images(folder: Path, name: str = "--data-dir") -> list[Path]:
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
         if real not in seen:
-            shown = (file for file in files if not file.startswith("."))
-            found += [Path(root, file) for file in shown if file.lower().endswith(IMG_EXTENSIONS)]
+            found += [Path(root, file) for file in files if not file.startswith(".")]
         seen.add(real)
-    if not found:
-        kinds = " ".join(extension.lstrip(".") for extension in IMG_EXTENSIONS)
-        raise UserError(f"{name} must hold images ({kinds}), there are none below {folder}")
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
@@ -98,6 +119,10 @@ def _decode(path: Path, small: bool = False) -> Image.Image:
         said = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # whose words are about a Python object
             said = "its first bytes are of no known format"
+            said = said if path.stat().st_size else "it is empty"
+        if isinstance(error, Image.DecompressionBombError):
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+            said = f"it has more than {most} million pixels: make it smaller"
         raise UserError(f"{path} is not a readable image: {said}") from error
 
 

@@ -72,7 +72,16 @@ class LoadedEncoder(nn.Module):
         return self.transform.size
 
     def forward(self, images: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, width]
-        """The images are taken to the encoder's device and dtype."""
+        """The images are taken to the encoder's device and dtype.
+
+        Raises:
+            TypeError, ValueError: they are not what `transform` gives: floats [N, 3, H, W].
+        """
+        if not images.is_floating_point():
+            kind = f"got {images.dtype}: encoder.transform prepares images"
+            raise TypeError(f"images must be floats from -1 to 1, {kind}")
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [N, 3, H, W], got {list(images.shape)}")
         weight = next(self.backbone.parameters())
         return self.backbone(images.to(weight.device, weight.dtype))
 

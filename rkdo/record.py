@@ -132,10 +132,11 @@ class Run:
                 partial_of(self.folder / name).unlink(missing_ok=True)
 
     def require_room(self, size: int, overwrite: bool) -> None:
-        """That a checkpoint of `size` bytes fits on the disk, before time is spent on training."""
+        """That two checkpoints of `size` bytes fit on the disk (the old one is kept until the new
+        one has been read back), before time is spent on training."""
         files = [self.folder / name for name in OURS] if overwrite else []
         freed = sum(file.stat().st_size for file in files if file.is_file())
-        require_room(self.folder, size, freed)
+        require_room(self.folder, 2 * size, freed, "two checkpoints, the last and the next")
 
     def write_config(self, config: TrainConfig) -> None:
         values = {

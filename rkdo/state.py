@@ -38,6 +38,7 @@ class State:
     evaluated: int = -1  # the last step whose evaluation is in the metrics
     metrics_size: int = 0
     images: int = 0  # in the training set
+    files: str | None = None  # fingerprint of those files, if they are some
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,6 +57,7 @@ class State:
             "evaluated": self.evaluated,
             "metrics_size": self.metrics_size,
             "images": self.images,
+            "files": self.files,
             "rng": {
                 "cpu": torch.get_rng_state(),
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -85,6 +87,11 @@ class State:
             raise UserError(
                 f"--data-dir must hold the {saved['images']} training images that the run began "
                 f"with, got {self.images}"
+            )
+        if saved.get("files", self.files) != self.files:  # of before there were fingerprints: none
+            raise UserError(
+                "--data-dir must hold the training images that the run began with: its "
+                f"{self.images} have other names"
             )
         if config.epochs * steps_per_epoch < self.step:
             raise UserError(

@@ -13,7 +13,15 @@ from tqdm import tqdm
 from rkdo.batches import Batches, training_loader
 from rkdo.batchnorm import synchronise_batch_norm
 from rkdo.config import TrainConfig, check_resumable
-from rkdo.data import Data, Skipped, TrainingData, find_unreadable, load_training
+from rkdo.data import (
+    Data,
+    Skipped,
+    TrainingData,
+    find_unreadable,
+    fingerprint,
+    left_out,
+    load_training,
+)
 from rkdo.encoder import build_encoder
 from rkdo.errors import Stopped, TrainingError, UserError
 from rkdo.evaluate import evaluate
@@ -67,8 +75,8 @@ def train(
                 if resume:
                     ranks.together(lambda: _restore(run, config, state, steps_per_epoch))
                 ranks.on_first(lambda: _begin(run, config, state, skipped, resume, overwrite, wait))
-                if ranks.first and not resume:
-                    _tell(run, skipped, data.judged is not None)
+                if ranks.first:
+                    _tell(run, config, data, skipped, state.step if resume else None)
                 _train(config, run, state, data, steps_per_epoch, ranks, stop)
             return run.read_metrics()
     finally:
@@ -81,7 +89,7 @@ def _build(config: TrainConfig, data: TrainingData, ranks: Ranks) -> State:
     n, field = len(data.images), None
     if config.recursion != "batch":
         field = TrainingField(config, n, data.labels, ranks)
-    return State(encoder, adam, field, images=n)
+    return State(encoder, adam, field, images=n, files=fingerprint(config, data.images))
 
 
 def _train(
@@ -184,11 +192,20 @@ def _claim(run: Run, config: TrainConfig, resume: bool, overwrite: bool, wait: b
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if not resume:
+        _check_apart(run, config)
         run.check_new(overwrite)
     run.claim(wait)
     if resume:
         check_resumable(run.read_config(), config)
         run.check_views()
+
+
+def _check_apart(run: Run, config: TrainConfig) -> None:
+    """That the run's own pictures are not among the images."""
+    folders = {"--data-dir": config.data_dir, "--evaluate-dir": config.evaluate_dir}
+    for name, folder in folders.items() if config.dataset == "folder" else ():
+        if folder and run.folder.resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(f"--out must not lie in {name}, got {run.folder} in {folder}")
 
 
 def _unreadable(run: Run, config: TrainConfig, resume: bool) -> Skipped:
@@ -241,12 +258,22 @@ def _begin(
     run.open_metrics(state.metrics_size, logs)
 
 
-def _tell(run: Run, skipped: Skipped, labelled: bool) -> None:
-    """What might surprise: files that are left out, and that nothing will be evaluated."""
+def _tell(
+    run: Run, config: TrainConfig, data: TrainingData, skipped: Skipped, resumed: int | None
+) -> None:
+    """What might surprise: files that are left out, and that nothing will be evaluated; of a run
+    that is resumed, after which step."""
+    if resumed is not None:
+        print(f"rkdo: goes on after step {resumed}", file=sys.stderr)
+        return
     count = len(skipped.data_dir) + len(skipped.evaluate_dir)
     if count:
         print(f"rkdo: {count} unreadable images are left out: {run.skipped}", file=sys.stderr)
-    if not labelled:
+    others = left_out(config, data, skipped)
+    if others:
+        first = f"the first is {others[0]}"
+        print(f"rkdo: {len(others)} other files are not used, {first}", file=sys.stderr)
+    if data.judged is None:
         print("rkdo: no labels: nothing will be evaluated (see --evaluate-dir)", file=sys.stderr)
 
 

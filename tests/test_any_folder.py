@@ -5,7 +5,16 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from runs import METRICS, SHORT, SmallEncoder, assert_same, metrics_of, quicken, state_of
+from runs import (
+    METRICS,
+    SHORT,
+    SmallEncoder,
+    assert_same,
+    metrics_of,
+    quicken,
+    state_of,
+    write_digits,
+)
 
 import rkdo.evaluate
 import rkdo.train
@@ -82,7 +91,71 @@ def test_check_data_lists_what_is_damaged(damaged, capsys):
     assert "1 of 20 images" in captured.err
     (damaged / "summer" / "07.jpg").unlink()
     assert main(["check-data", str(damaged)]) == 0
-    assert capsys.readouterr().out == "all 19 images can be used\n"
+    assert capsys.readouterr().out == "images that can be used: all 19\n"
+
+
+def test_pictures_of_every_usual_format_are_found_and_other_files_told(photos, tmp_path, capsys):
+    Image.new("RGB", (20, 20)).save(photos / "a.gif")
+    Image.new("RGB", (20, 20)).save(photos / "b.jfif", "JPEG")
+    (photos / "notes.txt").write_text("of the summer")
+    (photos / "empty.png").touch()
+    (photos / ".hidden.png").touch()
+    assert main(["check-data", str(photos)]) == 2
+    out, err = capsys.readouterr()
+    first, last = out.splitlines()
+    assert first == f"{photos / 'empty.png'} is not a readable image: it is empty"
+    assert last == f"1 other files are not used, the first is {photos / 'notes.txt'}"
+    assert "1 of 23 images" in err
+    assert run(photos, tmp_path / "run", "--skip-unreadable") == 0
+    assert f"1 other files are not used, the first is {photos / 'notes.txt'}" in (
+        capsys.readouterr().err
+    )
+    assert Run(tmp_path / "run").load_checkpoint()["images"] == 22
+
+
+def test_images_beside_the_classes_are_told(tmp_path, capsys):
+    write_digits(tmp_path / "data", n_train=20, n_test=20)
+    for name in ("train/loose.png", "more/1.png", "train/.checkpoints/1.png"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / "data" / name)
+    assert main(["check-data", str(tmp_path / "data")]) == 0
+    assert capsys.readouterr().out == (
+        f"2 other files are not used, the first is {tmp_path / 'data/more/1.png'}\n"
+        "images that can be used: all 40\n"
+    )
+    (tmp_path / "data/train/cats").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "data/train/cats/1.png")
+    assert main(["check-data", str(tmp_path / "data")]) == 2
+    assert "the same classes, only train has cats" in capsys.readouterr().err
+
+
+def test_resuming_wants_the_settings_and_the_images_of_the_run(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(photos, out, "--epochs", "1") == 0
+    resumed = ["train", "--resume", "--epochs", "2", "--out", str(out)]
+    assert main([*resumed, "--skip-unreadable"]) == 2
+    assert "--skip-unreadable True conflicts with the run being resumed" in capsys.readouterr().err
+    moved = photos.rename(tmp_path / "moved")
+    (moved / "summer" / "01.jpg").rename(moved / "summer" / "other.jpg")
+    assert main([*resumed, "--data-dir", str(moved)]) == 2
+    assert "its 20 have other names" in capsys.readouterr().err
+    (moved / "summer" / "other.jpg").rename(moved / "summer" / "01.jpg")
+    assert main([*resumed, "--data-dir", str(moved)]) == 0
+    assert "rkdo: goes on after step 2\n" in capsys.readouterr().err
+
+
+def test_an_image_damaged_on_the_way_says_how_to_go_on(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(photos, out, "--epochs", "1") == 0
+    resumed = ["train", "--resume", "--epochs", "2", "--out", str(out), "--workers", "0"]
+    for path in photos.rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:200])
+    assert main(resumed) == 2
+    said = capsys.readouterr().err
+    assert "put it back, or another image in its place, and go on with --resume" in said
+    for path in photos.rglob("*.jpg"):
+        Image.new("RGB", (33, 33)).save(path)
+    assert main(resumed) == 0
 
 
 def test_a_run_goes_on_without_the_same_files_to_the_same_bits(damaged, tmp_path, capsys):

@@ -182,6 +182,8 @@ ALONG = {  # what a setting needs beside it
     "update_every": {"recursion": "dense"},
     "debias": {"icon_weight": 0.5},
     "kernel": {"method": "icon"},
+    "data_dir": {"dataset": "stl10"},
+    "download": {"dataset": "stl10"},
     "evaluate_dir": {"dataset": "folder"},
     "skip_unreadable": {"dataset": "folder"},
 }

@@ -251,7 +251,7 @@ def test_images_are_found_at_any_depth_in_one_order(tmp_path):
 
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("none")
-    with pytest.raises(UserError, match=r"must hold images \(jpg .*there are none below"):
+    with pytest.raises(UserError, match=r"must hold images \(jpg, .*there are none below"):
         find_images(tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         find_images(tmp_path / "nowhere")

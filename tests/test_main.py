@@ -29,7 +29,16 @@ from rkdo.record import Run
         ("train --out FILE", "must be a folder, FILE is a file"),
         ("train --out FILE/run", "FILE/run cannot be written: Not a directory"),
         ("train --out OUT --dataset cifar10 --data-dir HERE", "HERE holds no intact cifar10"),
-        ("train --out OUT --dataset folder --data-dir HERE", "there are none below HERE"),
+        (
+            "train --out OUT --dataset folder --data-dir HERE",
+            "--out must not lie in --data-dir, got OUT in HERE",
+        ),
+        ("train --out OUT --data-dir HERE", "--data-dir HERE needs --dataset cifar10 or"),
+        ("train --out OUT --download", "--download True needs --dataset cifar10 or"),
+        ("train --out OUT --resume --skip-unreadable", "OUT holds no run"),
+        ("train --out=OUT --resume --evaluate-dir HERE", "OUT holds no run"),
+        ("check-data HERE", "there are none below HERE"),
+        ("check-data FILE", "must be a folder of images, FILE is a file"),
         ("evaluate", "PATH"),
         ("evaluate OUT", "OUT holds no run"),
         ("evaluate OUT --protocol mine", "--protocol"),
@@ -44,7 +53,7 @@ from rkdo.record import Run
         ("embed OUT --data HERE --out HERE/x.txt", "--out must end in .npy or .csv, got HERE/x"),
         ("embed OUT --data HERE --out HERE/no/x.npy", "there is no folder HERE/no"),
         ("embed OUT --data HERE/no --out HERE/x.npy", "there is no folder HERE/no"),
-        ("embed OUT --data HERE --out HERE/x.npy", "--data must hold images (jpg "),
+        ("embed OUT --data HERE --out HERE/x.npy", "--data must hold images (jpg, "),
         ("embed OUT --data HERE --out HERE/x.npy --workers -1", "--workers must be at least 0"),
         ("embed OUT --data HERE --out HERE/x.npy --batch-size 0", "--batch-size must be at least"),
         ("field", "PATH"),
@@ -77,7 +86,7 @@ def test_a_folder_of_something_else_is_not_written_into(tmp_path, capsys):
 
 def test_resuming_takes_the_settings_of_the_run(tmp_path, monkeypatch):
     run = Run(tmp_path / "run")
-    run.create(TrainConfig(method="icon", epochs=3, download=True))
+    run.create(TrainConfig(method="icon", epochs=3, dataset="stl10", download=True))
     run.close()
     calls = []
 
@@ -87,7 +96,7 @@ def test_resuming_takes_the_settings_of_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr("rkdo.train.train", train)
     assert main(["train", "--out", str(run.folder), "--resume", "--epochs", "9"]) == 0
-    config = TrainConfig(method="icon", epochs=9, download=True)
+    config = TrainConfig(method="icon", epochs=9, dataset="stl10", download=True)
     assert calls == [(config, run.folder, {"resume": True, "overwrite": False, "wait": False})]
 
 
