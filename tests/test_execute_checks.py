@@ -278,6 +278,17 @@ def test_wgmma_wants_its_fence_after_others_use_its_registers():
     copy = "mov.f32 %f1, 0f3f800000;"  # which ptxas renames away, or adds a fence to
     assert checked(product(fence=f"wgmma.fence.sync.aligned; {copy}")) == set()
     assert checked(product(between=copy)) == {"register of a wgmma under way"}
+    # A copy of what was used: is that the accumulator itself, once it is renamed?
+    used = "mov.f32 %f9, %f1; add.f32 %f9, %f9, %f9; mov.f32 %f1, %f9;"
+    assert checked(product(after=f"{used} {MULTIPLY} {WAIT}")) == wrong
+    assert checked(product(after=f"{used} wgmma.fence.sync.aligned; {MULTIPLY} {WAIT}")) == set()
+    made = "wgmma.fence.sync.aligned; add.f32 %f9, %f8, %f8; mov.f32 %f7, %f9; mov.f32 %f1, %f7;"
+    assert (
+        checked(
+            product(fence=made).replace("mov.f32 %f0", "mov.f32 %f8, 0f00000000; mov.f32 %f0", 1)
+        )
+        == wrong
+    )
     assert checked(product(fence="wgmma.fence.sync.aligned; add.f32 %f9, %f1, %f1;")) == wrong
     assert checked(product(between=MULTIPLY)) == set()  # into the same accumulators again
 

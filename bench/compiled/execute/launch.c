@@ -21,12 +21,14 @@ typedef struct {
 } Run;
 
 // LLVM copies accumulators behind the fence too. ptxas (12.8 and 12.9) renames such a mov away, gives
-// a product of zeros no accumulator (RZ, !UPT), or adds a fence (C7519): a mov is no use.
+// a product of zeros no accumulator (RZ, !UPT), or adds a fence (C7519): a mov is no use, and what it
+// copies is as old as where it comes from.
 static void use_wgmma_registers(Warp *W, const Instruction *I) {
   for (int k = 0; k < I->count; k++) {
     if (W->busy[SLOT(k)]) report(WGMMA_REGISTER, k);
     if (I->target != MOVES_ON_WGMMA) W->traces[SLOT(k)].fences = W->wgmma_fences;
   }
+  if (I->target == MOVES_ON_WGMMA) W->traces[SLOT(0)].fences = W->traces[SLOT(1)].fences;
 }
 
 // Lanes that stand at the least place go on together ("Independent thread scheduling" allows any

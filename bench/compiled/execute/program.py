@@ -98,13 +98,18 @@ class _Assembler:
             self.mark_wgmma_registers()
 
     def mark_wgmma_registers(self) -> None:
+        """Whatever touches a register of wgmma, or one that is copied into such a register."""
         code, operands = self.program.code, self.program.operands
-        for at, fields in enumerate(INSTRUCTION.iter_unpack(bytes(code))):
-            op, first, count = fields[0], fields[5], fields[6]
-            used = not self.wgmma_registers.isdisjoint(operands[first : first + count])
-            if used and op != NUMBERS["wgmma"]:
-                moves = op in (NUMBERS["mov.b32"], NUMBERS["mov.f32"])
-                mark = MOVES_ON_WGMMA if moves else ON_WGMMA_REGISTERS
+        instructions = list(INSTRUCTION.iter_unpack(bytes(code)))
+        moves = {NUMBERS["mov.b32"], NUMBERS["mov.f32"]}
+        copies = [operands[x[5] : x[5] + 2] for x in instructions if x[0] in moves]
+        traced, before = set(self.wgmma_registers), 0
+        while len(traced) > before:
+            before = len(traced)
+            traced.update(source for to, source in copies if to in traced)
+        for at, (op, _, _, _, _, first, count, *_) in enumerate(instructions):
+            if not traced.isdisjoint(operands[first : first + count]) and op != NUMBERS["wgmma"]:
+                mark = MOVES_ON_WGMMA if op in moves else ON_WGMMA_REGISTERS
                 struct.pack_into("<i", code, at * INSTRUCTION.size + TARGET, mark)
 
     # ---- operands
