@@ -17,7 +17,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from .errors import BenchError, Parser
+from .errors import BenchError, Parser, at_least_one
 
 ELSEWHERE = {  # the module whose main is the command
     "static": "static_table",
@@ -58,10 +58,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="few sizes, few rounds, minutes")
     parser.add_argument("--case", action="append", metavar="NAME", help="only these cases")
     parser.add_argument("--contender", action="append", metavar="NAME", help="only these")
-    parser.add_argument("--n", type=int, action="append", help="only these N")
+    parser.add_argument("--n", type=at_least_one, action="append", help="only these N")
     parser.add_argument("--dtype", action="append", metavar="NAME", help="fp32, bf16 or fp16")
     parser.add_argument("--device", default=None, help="cpu or cuda; cuda where there is one")
-    parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--threads", type=at_least_one, help="of the CPU")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a new file of JSON lines")
     parser.add_argument(
         "--against", type=Path, metavar="FILE", help="fail if ours is over 5 %% worse than in FILE"

@@ -11,7 +11,6 @@ processor; with `--every 25` twenty minutes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -36,7 +35,7 @@ from rkdo_kernels import ResponseField, launch
 from rkdo_kernels.launch_tables import TABLES, tables_for
 
 from .compiled.launches import Launch, launches_for
-from .errors import BenchError
+from .errors import BenchError, Parser, at_least_one
 
 DIMS = (16, 33, 64, 100, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 4096)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -278,14 +277,14 @@ def share(task: tuple[str, str, tuple[int, ...], str, int]) -> list[Need]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench fits", description=__doc__)
+    parser = Parser(prog="python -m bench fits", description=__doc__)
     parser.add_argument("--target", action="append", metavar="NAME", help=", ".join(SHARED))
     parser.add_argument("--kernel", metavar="PART", default="", help="only kernels named so")
     parser.add_argument("--dtype", action="append", metavar="NAME", help="bf16, fp16 or fp32")
     parser.add_argument("--dim", action="append", type=int, metavar="D")
-    parser.add_argument("--every", type=int, default=1, help="of the programs every N-th")
+    parser.add_argument("--every", type=at_least_one, default=1, help="of the programs every N-th")
     parser.add_argument("--quick", action="store_true", help="a selection, in a minute")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=at_least_one, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, help="JSON lines")
     chosen = parser.parse_args(arguments)
     for target in chosen.target or ():

@@ -28,8 +28,6 @@ def prepare(chosen: argparse.Namespace) -> tuple[list[Problem], str]:
     """What was asked for, and the device; raises BenchError for what there is not."""
     device = pick_device(chosen.device)
     if chosen.threads is not None:
-        if chosen.threads < 1:
-            raise BenchError(f"--threads must be at least 1, got {chosen.threads}")
         torch.set_num_threads(chosen.threads)
     return pick_problems(chosen, device), device
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -12,7 +11,7 @@ from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
-from .errors import BenchError
+from .errors import BenchError, Parser, at_least_one
 from .gates import failures
 from .record import FOLDER, Result, newest, read
 from .report import aligned, duration
@@ -137,27 +136,31 @@ def read_if_ours(path: Path) -> list[Result]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench static", description=__doc__)
+    parser = Parser(prog="python -m bench static", description=__doc__)
     parser.add_argument("--target", action="append", metavar="NAME", help=", ".join(TARGETS))
     parser.add_argument("--kernel", metavar="PART", default="", help="only kernels named so")
     parser.add_argument("--dtype", metavar="NAME", help="bf16, fp16 or fp32")
-    parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--processes", type=at_least_one, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, help="JSON lines")
     chosen = parser.parse_args(arguments)
     for target in chosen.target or ():
         if target not in TARGETS:
             raise BenchError(f"unknown target {target!r}: {', '.join(TARGETS)}")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise BenchError("TRITON_INTERPRET=1 is set: there is nothing to compile")
-    if chosen.out and chosen.out.exists():
-        raise BenchError(f"{chosen.out} exists already: pass another --out")
     wanted = [
         entry
         for entry in entries(tuple(chosen.target or TARGETS))
         if chosen.kernel in entry.case and chosen.dtype in (None, entry.dtype)
     ]
     if not wanted:
-        raise BenchError("nothing to compile: no kernel and dtype of these names")
+        kernels = sorted({entry.case for entry in entries(tuple(chosen.target or TARGETS))})
+        raise BenchError(
+            f"nothing to compile for --kernel {chosen.kernel} --dtype {chosen.dtype}; kernels: "
+            f"{', '.join(kernels)}"
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise BenchError("TRITON_INTERPRET=1 is set: there is nothing to compile")
+    if chosen.out and chosen.out.exists():
+        raise BenchError(f"{chosen.out} exists already: pass another --out")
     from tqdm import tqdm
 
     every: list[tuple[Entry, Resources | str]] = []

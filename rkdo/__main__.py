@@ -242,7 +242,7 @@ def _parse(arguments: list[str], run_config: TrainConfig | None = None) -> Comma
 
         Args:
             run: Folder of the run.
-            out: The picture, a PNG. None: field.png in RUN.
+            out: The picture, X.png. None: field.png in the run's folder.
             classes: How many classes are shown, spread over all.
             images: How many images of each.
             data_dir: Where the images are. None: where they were.

@@ -121,6 +121,8 @@ def picture(
         UserError: the folder holds no run, no usable checkpoint or no field, or the images are
             missing.
     """
+    if out is not None and out.suffix.lower() != ".png":
+        raise UserError(f"--out must end in .png, got {out}")
     run = Run(folder)
     config = run.read_config()
     if config.recursion == "batch":

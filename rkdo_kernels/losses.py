@@ -295,7 +295,8 @@ def similarity_logsumexp(
     """log Σ_j exp(S_ij / τ), differentiable in queries, keys and temperature, at any temperature.
 
     All that InfoNCE, NT-Xent, CLIP, SupCon and MoCo need of the N × M matrix: their positives' term
-    is a row-wise dot product. `exclude_self` leaves key i out of row i; no keys at all give −∞.
+    is a row-wise dot product. `exclude_self` leaves key i out of row i, and of a row without
+    other keys the result is −∞.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `rkdo_loss`.

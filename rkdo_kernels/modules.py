@@ -54,6 +54,16 @@ class PairLoss(nn.Module):
         keys: Tensor,  # [M, D]
         positive_offset: int | None = None,
     ) -> Tensor:  # [] or [N]
+        """The loss of queries and keys, as `function` documents it.
+
+        Args:
+            queries, keys: rows of embeddings.
+            positive_offset: the positive of query i is key i + offset: another than the setting's,
+                for a batch that is a part of all keys.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `function`.
+        """
         settings = self.settings
         if positive_offset is not None:
             settings = {**settings, "positive_offset": positive_offset}

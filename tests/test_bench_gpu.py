@@ -200,7 +200,9 @@ def test_what_a_run_needs_is_said_in_one_line(tmp_path, capsys, monkeypatch):
     assert "exists already" in complaint(capsys, [*out, tmp_path])
     assert "cannot be a folder" in complaint(capsys, [*out, tmp_path / "checks.jsonl"])
     new = tmp_path / "new"
-    assert "--minutes must be above 0" in complaint(capsys, [*out, new, "--minutes", "0"])
+    assert "--minutes: must be a number above 0, got 0" in complaint(
+        capsys, [*out, new, "--minutes", "0"]
+    )
     assert "invalid choice: 'luck'" in complaint(capsys, [*out, new, "--only", "luck"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU" in complaint(capsys, ["gpu", "--out", new])

@@ -113,9 +113,20 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path, monkeypatch):
 def test_a_run_without_room_for_a_checkpoint_does_not_begin(tmp_path, monkeypatch):
     quicken(monkeypatch)
     free(monkeypatch, 5000)
-    with pytest.raises(UserError, match="for a checkpoint"):
+    with pytest.raises(UserError, match="for two checkpoints"):
         train(SHORT, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_wanted_for_the_old_checkpoint_and_the_new(tmp_path, monkeypatch):
+    quicken(monkeypatch)
+    train(SHORT, tmp_path / "whole")
+    size = (tmp_path / "whole" / "checkpoint.pt").stat().st_size
+    free(monkeypatch, int(1.5 * size))  # the first would fit, and the second not
+    with pytest.raises(UserError, match="for two checkpoints, the last and the next, and its disk"):
+        train(SHORT, tmp_path / "run")
+    free(monkeypatch, 4 * size)
+    train(SHORT, tmp_path / "run")
 
 
 def test_what_is_read_back_differently_does_not_replace_the_last(tmp_path, monkeypatch):

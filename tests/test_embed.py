@@ -136,6 +136,11 @@ def test_an_encoder_is_a_module_like_any_other(run, runs):
     head(encoder(torch.zeros(2, 3, 32, 32))).sum().backward()  # it can be trained on
     assert all(p.grad is not None for p in encoder.parameters())
     assert encoder.double()(torch.zeros(2, 3, 32, 32)).dtype == torch.float64
+    with pytest.raises(TypeError, match=r"got torch.uint8: encoder.transform prepares images"):
+        encoder(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    for shape in ((3, 32, 32), (2, 1, 32, 32)):
+        with pytest.raises(ValueError, match=r"images must be \[N, 3, H, W\], got"):
+            encoder(torch.zeros(shape))
 
 
 def test_the_transform_is_evaluations(run):

@@ -269,3 +269,17 @@ def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match="shut cannot be listed"):
         find_images(tmp_path)
+
+
+def test_a_tiff_of_12_bits_is_white_at_4095(tmp_path):
+    """Written by hand, as Pillow reads such files only: two numbers in three bytes."""
+    row = bytes([0x00, 0x08, 0x00, 0xFF, 0xF4, 0x00])  # 0x000, 0x800, 0xFFF, 0x400
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1),
+            (279, len(row))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    listed = struct.pack("<H", len(tags)) + entries + bytes(4)
+    path = tmp_path / "12.tif"
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(row)) + row + listed)
+    with Image.open(path) as image:
+        assert image.mode == "I;16"
+    assert read_image(path)[0, 0].tolist() == [0, 128, 255, 64]

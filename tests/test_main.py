@@ -58,6 +58,8 @@ from rkdo.record import Run
         ("embed OUT --data HERE --out HERE/x.npy --batch-size 0", "--batch-size must be at least"),
         ("field", "PATH"),
         ("field OUT", "OUT holds no run"),
+        ("field OUT --out HERE/x.jpg", "--out must end in .png, got HERE/x.jpg"),
+        ("train --out=", "--out must name a folder, got ''"),
         ("field OUT --classes 0", "--classes must be at least 1, got 0"),
     ],
 )
@@ -67,7 +69,15 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, said, tmp_path, 
     places = {"OUT": tmp_path / "out", "FILE": file, "HERE": tmp_path}
     for name, path in places.items():
         arguments, said = arguments.replace(name, str(path)), said.replace(name, str(path))
-    assert main([*arguments.split(), *(["--device", "cpu"] if "--out" in arguments else [])]) == 2
+    assert (
+        main(
+            [
+                *arguments.split(),
+                *(["--device", "cpu"] if "--out" in arguments and "field" not in arguments else []),
+            ]
+        )
+        == 2
+    )
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("rkdo: error: ")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BenchError, Parser
+from ..errors import BenchError, Parser, at_least_one, positive
 
 SHOWN = 20  # failures that are shrunk and printed, and of one kind:
 OF_A_KIND = 2
@@ -133,8 +133,8 @@ def main(arguments: list[str]) -> int:
         prog="python -m bench fuzz", description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--minutes", type=float, help="stop after so long")
-    parser.add_argument("--cases", type=int, help="stop after so many (3000)")
+    parser.add_argument("--minutes", type=positive, help="stop after so long")
+    parser.add_argument("--cases", type=at_least_one, help="stop after so many (3000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--case", type=int, metavar="SEED", help="this one alone")
     parser.add_argument("--loss", action="append", default=[], metavar="NAME")
@@ -143,7 +143,7 @@ def main(arguments: list[str]) -> int:
         help="tiled, small, one_pass, reference; triton runs in Triton's interpreter on a CPU;\n"
         "sm_90, sm_80: the compiled kernels, executed on a CPU",
     )  # fmt: skip
-    parser.add_argument("--largest", type=int, default=64, help="rows, keys and columns")
+    parser.add_argument("--largest", type=at_least_one, default=64, help="rows, keys and columns")
     options = parser.parse_args(arguments)
     interpret(options.backend)
     warnings.simplefilter("ignore")  # NaN and infinity are what some cases are about

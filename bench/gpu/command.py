@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BenchError, Parser
+from ..errors import BenchError, Parser, positive
 from ..record import Result, Writer, make_folder
 from . import clocks, plan, summary
 from .claims import MISSED, Known
@@ -47,12 +47,10 @@ class Settings:
 def main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m bench gpu", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="how much is run; 10")
+    parser.add_argument("--minutes", type=positive, default=MINUTES, help="how much is run; 10")
     parser.add_argument("--only", action="append", choices=plan.STAGES, help="only these stages")
     parser.add_argument("--rehearse", action="store_true", help="on a stand-in, without a GPU")
     chosen = parser.parse_args(arguments)
-    if not chosen.minutes > 0:
-        raise BenchError(f"--minutes must be above 0, got {chosen.minutes:g}")
     stages = tuple(x for x in plan.STAGES if x in (chosen.only or plan.STAGES))
     setup = Setup(rehearsal=chosen.rehearse)
     if chosen.rehearse:
