@@ -123,10 +123,11 @@ class SnapshotField(State):
         visits, rows = self.tensors["visits"], batch.rows
         keys = batch.keys[batch.own].detach()
         queries = batch.queries.detach()
-        most = torch.finfo(self.tensors["scale"].dtype).max
+        wide = self.tensors["scale"].dtype
+        most = torch.finfo(wide).max
         good = (self.scores(batch) <= most) & (batch.scale <= most)
         for x in (queries, keys):
-            good &= (x.to(self.dtype).float().abs() <= LARGEST).all(1)
+            good &= (x.to(self.dtype).to(wide).abs() <= LARGEST).all(1)
         slot = visits[rows] % len(self.tensors["queries"])
         for name, new in (("queries", queries), ("keys", keys)):
             old = self.tensors[name]
