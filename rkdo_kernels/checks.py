@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LARGEST = 2**63  # whole numbers below are such as a tensor can have
 SLACK = 1.01  # rows may pass the bound by what rounding to bfloat16 adds
 
 
@@ -80,7 +81,7 @@ def temperature(value: float | Tensor) -> None:
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"temperature must be a number or a tensor, got {type(value).__name__}")
     if not (0 < value <= sys.float_info.max and 1 / value < math.inf):
-        raise ValueError(f"temperature must be positive and finite, got {value}")
+        raise ValueError(f"temperature must be positive and finite, got {shown(value)}")
 
 
 def number(
@@ -90,16 +91,24 @@ def number(
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (at_least <= value <= at_most and value < below):
         end = f"{below})" if below < math.inf else f"{at_most}]"
-        raise ValueError(f"{name} must be in [{at_least}, {end}, got {value}")
+        raise ValueError(f"{name} must be in [{at_least}, {end}, got {shown(value)}")
 
 
-def integer(name: str, value: Any, at_least: int, below: int | None = None) -> None:
+def integer(name: str, value: Any, at_least: int, below: int = LARGEST) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    if below is not None and value >= below:
-        raise ValueError(f"{name} must be below {below}, got {value}")
+        raise ValueError(f"{name} must be at least {at_least}, got {shown(value)}")
+    if isinstance(value, int) and value >= below:  # a symbolic one is a size or an int64
+        limit = "2**63" if below == LARGEST else below
+        raise ValueError(f"{name} must be below {limit}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A number as an error names it: Python writes out no int of thousands of digits."""
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return f"{'-' if value < 0 else ''}an int of {value.bit_length()} bits"
+    return f"{value}"
 
 
 def flag(name: str, value: Any) -> None:
@@ -119,7 +128,7 @@ def bound(value: float | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"bound must be a number or None, got {type(value).__name__}")
     if not (0 < value <= sys.float_info.max and 1 / value < math.inf):
-        raise ValueError(f"bound must be positive and finite, or None, got {value}")
+        raise ValueError(f"bound must be positive and finite, or None, got {shown(value)}")
 
 
 def within_bound(
@@ -153,7 +162,7 @@ def fits(numbers: int, dtype: torch.dtype, device: torch.device, what: str, inst
     elif device.type == "cpu" and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        return
+        most = LARGEST - 1  # of any tensor
     size = numbers * dtype.itemsize
     if size > most:
         raise MemoryError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks, field_ops, field_tiles
 from .batch import Batch
+from .field_state import State
 from .initial import Initial
 from .needs import NEITHER, Needs, once_only
 from .turns import Turns
@@ -18,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FILLED_AT_ONCE = 1 << 22  # entries
 
 
-class DenseField:
+class DenseField(State):
     """P, n × n, of which each row is meant divided by its sum: the entries off the diagonal, the
     diagonal, and the sums."""
 
@@ -33,7 +34,6 @@ class DenseField:
         device: torch.device,
         seed: int,
     ) -> None:
-        self.turns = Turns()
         size = held[1] - held[0]
         what, instead = (
             f"a dense field of {n} samples",
@@ -45,18 +45,15 @@ class DenseField:
         diagonal = torch.ones(size, dtype=wide, device=device)
         row_sum = torch.ones(size, dtype=field_ops.row_dtype(matrix), device=device)
         clock = torch.tensor([seed, 0], device=device)
-        self.tensors = {
+        super().__init__({
             "matrix": matrix, "diagonal": diagonal, "row_sum": row_sum, "clock": clock,
-        }  # fmt: skip
+        })  # fmt: skip
         if initial.tensors and device.type != "meta":
             self.fill(initial, held[0], n)
 
     @property
     def dtype(self) -> torch.dtype:
         return self.tensors["matrix"].dtype
-
-    def to(self, device: torch.device) -> None:
-        self.tensors.update({name: x.to(device) for name, x in self.tensors.items()})
 
     def fill(self, initial: Initial, first: int, n: int) -> None:
         matrix, diagonal, row_sum, clock = self.tensors.values()

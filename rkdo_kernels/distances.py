@@ -35,7 +35,8 @@ class Distances:
         q_square, k_square = q.square().sum(1, keepdim=True), k.square().sum(1, keepdim=True)
         self.rows = torch.cat([q * -2, q_square, torch.ones_like(q_square)], 1)
         self.cols = torch.cat([k, torch.ones_like(k_square), k_square], 1)
-        farthest = torch.cat([q_square, k_square]).amax() if len(q) and len(k) else torch.zeros(())
+        some = len(q) and len(k)
+        farthest = torch.cat([q_square, k_square]).amax() if some else q_square.new_zeros(())
         self.near = bool(farthest <= NEAR**2)  # not so of NaN
         self.room = self.rows.new_empty(0)
 

@@ -24,8 +24,7 @@ class Initial:
                 f"{given!r}"
             )
         if given.layout == torch.sparse_csr:
-            self.tensors = neighbours(given.detach(), n)
-            self.most = int(self.tensors["first"].diff().amax())
+            tensors = neighbours(given.detach(), n)
         else:
             if given.layout != torch.strided or given.dtype not in (torch.int64, torch.int32):
                 raise TypeError(
@@ -34,8 +33,16 @@ class Initial:
                 )
             if list(given.shape) != [n]:
                 raise ValueError(f"initial must have {n} labels, got shape {list(given.shape)}")
-            self.tensors = {"labels": given.long()}
-        self.tensors = {name: x.to(device) for name, x in self.tensors.items()}
+            tensors = {"labels": given.to(torch.int64, copy=True)}  # not the caller's own
+        self.hold(tensors)
+        self.hold({name: x.to(device) for name, x in tensors.items()})
+
+    def hold(self, tensors: dict[str, Tensor]) -> None:
+        """Takes tensors for its own, which may have new values."""
+        self.tensors = tensors
+        first = tensors.get("first")
+        if first is not None and not first.is_meta:
+            self.most = int(first.diff().amax())
 
     def rows(self, start: int, stop: int, n: int, device: torch.device) -> Tensor:
         """p⁰ of a range of samples, [stop − start, n] float64 (float32 where there is none)."""
@@ -91,12 +98,16 @@ def neighbours(given: Tensor, n: int) -> dict[str, Tensor]:
         raise ValueError("initial must have finite neighbours' weights of at least 0")
     size = given.crow_indices().long().cpu().diff()
     row = torch.repeat_interleave(size)
-    mass = torch.zeros(n, dtype=value.dtype).index_add_(0, row, value)
+    mass = value.new_zeros(n).index_add_(0, row, value)
+    if bool(mass.isinf().any()):  # 2⁶⁴ are more than there are
+        value = torch.where(mass.isinf()[row], value * 2.0**-64, value)
+        mass = value.new_zeros(n).index_add_(0, row, value)
     kept, empty = mass[row] > 0, (mass == 0).nonzero()[:, 0]
     row = torch.cat([row[kept], empty])
     col = torch.cat([given.col_indices().long().cpu()[kept], empty])
-    value = torch.cat([value[kept] / mass[row[: len(row) - len(empty)]], torch.ones(len(empty))])
+    share = value[kept] / mass[row[: len(row) - len(empty)]]
+    value = torch.cat([share, value.new_ones(len(empty))])
     order = row.argsort(stable=True)
-    first = torch.zeros(n + 1, dtype=torch.int64)
+    first = row.new_zeros(n + 1)
     first[1:] = row.bincount(minlength=n).cumsum(0)
     return {"first": first, "col": col[order], "value": value[order].to(dtype)}

@@ -46,8 +46,8 @@ def recursion_moments(
     x_scale, e_scale = 1 / bound, rule.weight * bound
     if gradient and powers_are_safe(e_scale, degree, len(keys), queries.dtype):
         x_scale, e_scale = rule.weight, 1.0  # which saves a pass over x
-    powers = (rule.weight / e_scale * bound) ** -torch.arange(degree + 1, dtype=positive.dtype)
-    powers = powers.to(queries.device)
+    k = torch.arange(degree + 1, dtype=positive.dtype, device=queries.device)
+    powers = (rule.weight / e_scale * bound) ** -k
     loss, at_positive = torch.empty_like(positive), torch.empty_like(positive)
     weights = loss.new_empty(len(queries), degree + 1)
     for rows, columns in run.blocks(degree):

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checks, dense_field, snapshot_field
 from .batch import Batch, Exchange, Given, Index, held, index_of, make_batch, ranks_of
 from .constants import plain
+from .field_state import anywhere
 from .initial import Initial
 from .losses import REDUCTIONS, Backend, Reduction
 from .needs import NEITHER, needed
@@ -50,6 +51,7 @@ class ResponseField:
         self._state, self._n, self._group = state, n, group
 
     @classmethod
+    @anywhere
     def dense(
         cls,
         n: int,
@@ -78,6 +80,7 @@ class ResponseField:
         return cls(dense_field.DenseField(n, rows, dtype, start, device, seed), n, group)
 
     @classmethod
+    @anywhere
     def snapshot(
         cls,
         n: int,
@@ -266,8 +269,10 @@ class ResponseField:
         with torch.no_grad():
             for name, x in self._tensors.items():
                 x.copy_(state[name])
+        self._state.renewed()
 
     @in_turn
+    @anywhere
     def to(self, device: torch.device | str) -> ResponseField:
         """Moves the state, and returns the field."""
         place = torch.empty(0, device=device).device
@@ -277,11 +282,16 @@ class ResponseField:
     @in_turn
     def __getstate__(self) -> dict[str, Any]:
         """For pickles: a state that a later update leaves alone."""
-        return {**self.__dict__, "_state": deepcopy(self._state)}
+        return {**self.__dict__, "_state": self._copied({})}
+
+    @anywhere
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._state.to(self.device)
 
     @in_turn
     def __deepcopy__(self, memo: dict[int, Any]) -> ResponseField:
-        return ResponseField(deepcopy(self._state, memo), self._n, self._group)
+        return ResponseField(self._copied(memo), self._n, self._group)
 
     def __len__(self) -> int:
         return self._n
@@ -297,6 +307,14 @@ class ResponseField:
         )
 
     # ---- within ----------------------------------------------------------------------------------
+
+    @anywhere
+    def _copied(self, memo: dict[int, Any]) -> Any:
+        """The state, of the same ranks."""
+        memo[id(self._group)] = self._group
+        state = deepcopy(self._state, memo)
+        state.to(self.device)
+        return state
 
     @property
     def _turns(self) -> Turns:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from . import checks, field_ops
 from .batch import Batch
+from .field_state import State
 from .initial import Initial
 from .needs import NEITHER, Needs, once_only
 from .problem import without_autocast
-from .turns import Turns
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LARGEST = 2.0**32  # an embedding's entry that is kept: a later batch pairs it with any other's
 
 
-class SnapshotField:
+class SnapshotField(State):
     """Queries and keys of the last K visits, and each visit's alpha and scale: rings by sample."""
 
     kind = "snapshot"
@@ -35,7 +35,6 @@ class SnapshotField:
         device: torch.device,
         group: Any,
     ) -> None:
-        self.turns = Turns()
         size, self.group, self.held, self.initial = held[1] - held[0], group, held, initial
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         what = f"a snapshot field of {n} samples, dim={dim}, history={history}"
@@ -45,7 +44,7 @@ class SnapshotField:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        self.tensors = {
+        super().__init__({
             "queries": zeros(history, size, dim, dtype=dtype),
             "keys": zeros(history, size, dim, dtype=dtype),
             "alpha": zeros(history, size, dtype=wide),
@@ -53,16 +52,15 @@ class SnapshotField:
             "visits": zeros(size, dtype=torch.int32),
             "clock": zeros(2, dtype=torch.int64),
             **{f"initial.{name}": x for name, x in initial.tensors.items()},
-        }
+        })  # fmt: skip
 
     @property
     def dtype(self) -> torch.dtype:
         return self.tensors["queries"].dtype
 
-    def to(self, device: torch.device) -> None:
-        self.tensors.update({name: x.to(device) for name, x in self.tensors.items()})
-        for name in self.initial.tensors:
-            self.initial.tensors[name] = self.tensors[f"initial.{name}"]
+    def renewed(self) -> None:
+        names = self.initial.tensors
+        self.initial.hold({name: self.tensors[f"initial.{name}"] for name in names})
 
     def evaluate(
         self, batch: Batch, alpha: Tensor | None, needs: Needs
@@ -125,10 +123,11 @@ class SnapshotField:
         visits, rows = self.tensors["visits"], batch.rows
         keys = batch.keys[batch.own].detach()
         queries = batch.queries.detach()
-        most = torch.finfo(self.tensors["scale"].dtype).max
+        wide = self.tensors["scale"].dtype
+        most = torch.finfo(wide).max
         good = (self.scores(batch) <= most) & (batch.scale <= most)
         for x in (queries, keys):
-            good &= (x.to(self.dtype).float().abs() <= LARGEST).all(1)
+            good &= (x.to(self.dtype).to(wide).abs() <= LARGEST).all(1)
         slot = visits[rows] % len(self.tensors["queries"])
         for name, new in (("queries", queries), ("keys", keys)):
             old = self.tensors[name]

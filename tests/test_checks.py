@@ -39,13 +39,13 @@ TENSORS = [  # queries, keys, error, its words
 
 NOT_A_NUMBER = ["1", None, True, 1j, [0.5]]
 SETTINGS = [  # functions, setting, values, error, its words
-    (FUNCTIONS, "temperature", [0, -0.1, float("nan"), float("inf"), 1e-320], ValueError,
+    (FUNCTIONS, "temperature", [0, -0.1, float("nan"), float("inf"), 1e-320, 10**5000], ValueError,
      "temperature must be positive and finite, got"),
     (FUNCTIONS, "temperature", NOT_A_NUMBER, TypeError, "temperature must be a number or a tensor"),
     (FUNCTIONS, "temperature", [torch.ones(2), torch.ones(1, dtype=torch.int64)], TypeError,
      "temperature must be a number or a floating tensor of one element, got"),
-    (FUNCTIONS, "bound", [0, -1.0, float("nan"), float("inf"), 1e-320, 10**400], ValueError,
-     "bound must be positive and finite, or None, got"),
+    (FUNCTIONS, "bound", [0, -1.0, float("nan"), float("inf"), 1e-320, 10**400, 10**5000],
+     ValueError, "bound must be positive and finite, or None, got"),
     (FUNCTIONS, "bound", ["1", True, X], TypeError, "bound must be a number or None, got"),
     (FUNCTIONS, "reduction", ["max", None, "", 1], ValueError,
      "reduction must be one of 'mean', 'sum', 'none', got"),
@@ -55,10 +55,14 @@ SETTINGS = [  # functions, setting, values, error, its words
     (FUNCTIONS, "positive_offset", [1], ValueError,
      "positive_offset must leave 4 positives among 4 keys, got 1"),
     (FUNCTIONS, "positive_offset", [1.0, True, "0"], TypeError, "positive_offset must be an int"),
-    ([rkdo_loss], "alpha", [-0.1, 1.1, float("nan"), float("inf")], ValueError,
+    (FUNCTIONS, "positive_offset", [2**63, 10**400, 10**5000], ValueError,
+     "positive_offset must be below 2**63, got"),
+    ([rkdo_loss], "alpha", [-0.1, 1.1, float("nan"), float("inf"), 10**5000], ValueError,
      "alpha must be in [0, 1], got"),
     ([rkdo_loss], "alpha", [*NOT_A_NUMBER, X], TypeError, "alpha must be a number, got"),
     ([rkdo_loss], "depth", [0, -3], ValueError, "depth must be at least 1, got"),
+    ([rkdo_loss], "depth", [2**63, 10**400, 10**5000], ValueError,
+     "depth must be below 2**63, got"),
     ([rkdo_loss], "depth", [1.0, True, "3", None], TypeError, "depth must be an int, got"),
     ([rkdo_loss], "cooling", [-0.1, 1, 1.5, float("nan")], ValueError,
      "cooling must be in [0, 1), got"),
@@ -111,6 +115,7 @@ def test_sums_check_their_arguments(function):
 def test_moments_need_a_degree_and_a_range_that_float32_holds():
     for name, value, error, words in [
         ("degree", -1, ValueError, "degree must be at least 0, got -1"),
+        ("degree", 10**400, ValueError, r"degree must be below 2\*\*63, got an int of 1329 bits"),
         ("degree", 1.0, TypeError, "degree must be an int, got float"),
         ("bound", None, ValueError, "bound must be a number for moments, got None"),
         ("temperature", 0.0249, ValueError, "temperature must be at least 0.025"),

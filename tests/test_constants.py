@@ -1,5 +1,6 @@
 """Cached tables are plain tensors on their device, whatever was going on at the first call."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accuracy import sample_views
 
+import rkdo_kernels
 from rkdo_kernels import ResponseField
 
 ROOT = Path(__file__).parent.parent
@@ -130,3 +132,93 @@ def test_fields_stay_where_they_are_under_another_default_device(kind, index, gi
 
     for found, wanted in zip(result("meta"), result("cpu"), strict=True):
         assert torch.equal(found, wanted)
+
+
+FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_strided", "eye", "full", "linspace", "logspace",
+    "normal", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "sparse_coo_tensor",
+    "sparse_csr_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+)  # fmt: skip
+CONSTANTS = ("chebyshev",)  # whose functions run in host_constant's thread
+
+
+def without_a_device(source):
+    """Calls that make a tensor on the default device, outside of what host_constant computes."""
+    tree = ast.parse(source)
+    constant = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+        if any(ast.unparse(x) == "host_constant" for x in node.decorator_list)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in constant or not isinstance(node, ast.Call):
+            continue
+        module, _, name = ast.unparse(node.func).rpartition(".")
+        placed = any(keyword.arg == "device" for keyword in node.keywords)
+        if module == "torch" and name in FACTORIES and not placed:
+            yield ast.unparse(node)
+
+
+def test_no_tensor_is_made_on_the_default_device():
+    found = {
+        path.stem: list(without_a_device(path.read_text()))
+        for path in Path(rkdo_kernels.__file__).parent.glob("*.py")
+    }
+    assert {name for name, calls in found.items() if calls} == set(CONSTANTS), found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("x = torch.zeros(3)", ["torch.zeros(3)"]),
+        ("x = torch.zeros(3, device=y.device)", []),
+        ("x = y.new_zeros(3) + torch.ones_like(y)", []),
+        ("def f():\n    return torch.arange(3)", ["torch.arange(3)"]),
+        ("@host_constant\ndef f():\n    return torch.arange(3)", []),
+    ],
+)
+def test_the_search_finds(source, found):
+    assert list(without_a_device(source)) == found
+
+
+def everything(pair, backends):
+    """Every public function's values and gradients."""
+    learnable = torch.full((), 0.4, device="cpu", requires_grad=True)
+    calls = [
+        lambda *x, **s: rkdo_kernels.rkdo_loss(*x, **s),
+        lambda *x, **s: rkdo_kernels.rkdo_loss(*x, temperature=learnable, **s),
+        lambda *x, **s: rkdo_kernels.icon_loss(*x, debias=0.3, **s),
+        lambda *x, **s: rkdo_kernels.icon_loss(*x, kernel="student", bound=None, **s),
+        lambda *x, **s: rkdo_kernels.info_nce(*x, **s),
+        lambda *x, **s: rkdo_kernels.nt_xent(*x, **s),
+        lambda *x, **s: rkdo_kernels.similarity_logsumexp(*x, temperature=0.4, **s),
+        lambda *x, **s: rkdo_kernels.similarity_moments(*x, temperature=0.4, degree=2, **s),
+        *(lambda *x, f=f, **s: f(**s)(*x) for f in (
+            rkdo_kernels.RKDOLoss, rkdo_kernels.IConLoss, rkdo_kernels.InfoNCELoss,
+            rkdo_kernels.NTXentLoss,
+        )),
+    ]  # fmt: skip
+    results = []
+    for backend in backends:
+        for call in calls:
+            leaves = [x.clone().requires_grad_() for x in pair]
+            value = call(*leaves, backend=backend)
+            results += [value.detach(), *torch.autograd.grad(value.sum(), leaves)]
+    return results
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton takes CPU tensors interpreted only")
+@pytest.mark.parametrize(
+    ("n", "backends"),
+    [(20, ("auto", "tiled", "triton")), (140, ("auto", "tiled"))],
+    ids=["whole matrices", "tiles"],
+)
+def test_every_function_stays_where_its_arguments_are(n, backends):
+    pair = [x.cpu() for x in sample_views(n, 4).values()]
+    wanted = everything(pair, backends)
+    with torch.device("meta"):
+        found = everything(pair, backends)
+    for x, y in zip(found, wanted, strict=True):
+        assert torch.equal(x, y)

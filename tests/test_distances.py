@@ -106,6 +106,19 @@ def test_rows_far_apart_are_subtracted():
         assert float(error.max()) <= 1e-6, (name, size)
 
 
+@pytest.mark.parametrize("away", range(6, 24))
+def test_distances_are_as_exact_however_far_the_rows_are_from_their_mean(away):
+    """Two clusters at ± 2^away, about 1 wide: squares of float64 cancel to what NEAR promises."""
+    generator = torch.Generator().manual_seed(3)
+    sides = torch.arange(64)[:, None] % 2 * 2 - 1.0
+    queries = 2.0**away * sides + torch.randn(64, 3, generator=generator)
+    keys = queries + 0.1 * torch.randn(64, 3, generator=generator)
+    found = torch.empty(64, 64, dtype=torch.float64)
+    distances.Distances(queries, keys)(slice(0, 64), slice(0, 64), found)
+    wanted = reference.squared_distances(queries.double(), keys.double())
+    assert float(((found - wanted).abs() / (1 + wanted)).max()) <= 2**-26
+
+
 def test_the_reference_is_by_differences(monkeypatch):
     pairs = views("clusters", 40, 3)
     truth = (pairs["queries"][:, None].double() - pairs["keys"].double()).square().sum(2)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from accuracy import DEVICE
 from ranks import on_two_ranks
-from test_field_ops import BACKENDS
+from test_field_ops import BACKENDS, samples
 
 from rkdo_kernels import ResponseField, field_tiles, reference
 from rkdo_kernels.needs import NEITHER
@@ -185,3 +185,35 @@ def test_a_row_has_a_target_from_the_smallest_normal_mass_on(backend):
             assert field.block(index)[0].sum() == float(alive)
             field.update(queries, keys, index, alpha=0.5, temperature=1.0, backend=backend)
             assert torch.equal(field.rows(index)[0], before[0]) != alive
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "gathered"])
+@pytest.mark.parametrize("temperature", [0.05, 0.03])
+@pytest.mark.parametrize("stored", STORED, ids=str)
+def test_where_q_is_close_to_the_start_gradients_keep_their_digits(
+    stored, temperature, contiguous, reduction
+):
+    """q − p̂ of a row's own column is a difference of numbers near 1, as small as the others are.
+
+    Blocks of rows form it from the others; the kernels, as eager float32, do not.
+    """
+    n, d = 20, 24
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    rows = torch.nn.functional.normalize(rows, dim=1).float().to(DEVICE)
+    index = torch.arange(n, device=DEVICE) if contiguous else samples(n, n, contiguous=False)
+    field = ResponseField.dense(n, dtype=stored, device=DEVICE)
+    results = []
+    for x in (rows, rows.double()):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        if x.dtype == torch.float64:
+            target = torch.eye(n, dtype=x.dtype, device=DEVICE)
+            loss = reference.field_loss(target, *leaves, temperature=temperature)
+        else:
+            settings = {"temperature": temperature, "reduction": reduction, "backend": "tiled"}
+            loss = field.loss(*leaves, index, **settings)
+        loss = loss.mean() if loss.dim() else loss
+        results.append(torch.autograd.grad(loss, leaves))
+    for found, true in zip(*results, strict=True):
+        assert float((found - true).abs().max()) <= 3e-5 * float(true.abs().max())

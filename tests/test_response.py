@@ -398,6 +398,24 @@ def test_snapshots_that_would_not_be_finite_with_others_are_not_kept(backend):
     assert field.step(**views, index=index, backend=backend).isfinite()
 
 
+@pytest.mark.parametrize("side", ["queries", "keys"])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_snapshots_are_kept_up_to_entries_of_2_to_the_32(dtype, sign, side):
+    """Any two of them make a logit that every dtype of a sum holds."""
+    index, views = batch()
+    wide = {name: x.double() for name, x in views.items()}
+    next_one = 2.0**32 * (1 + torch.finfo(dtype).eps)
+    for row, entry in enumerate((2.0**32, next_one, 2.0**33)):
+        wide[side][row, 1] = sign * entry
+    field = KINDS["snapshot"](dtype=dtype)
+    field.update(**wide, index=index)
+    wanted = torch.ones(B, device=DEVICE, dtype=torch.int32)
+    wanted[1:3] = 0
+    assert torch.equal(field.state_dict()["visits"][index], wanted)
+    assert field.block(index).isfinite().all()
+
+
 def test_a_wide_batch_leaves_nothing_that_a_narrow_one_could_not_read():
     index, views = batch()
     wide = {name: x.double() for name, x in views.items()}
