@@ -75,7 +75,7 @@ def _single_launch(
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
     pitch = (m + (COLS - 1)) // COLS * COLS
 
-    key_square = tl.zeros([], tl.float64)
+    longest_keys = tl.zeros([COLS], tl.float64)  # squares
     for first_i in range(0, n, ROWS):
         moments = repeat(tl.zeros([ROWS], tl.float32), DEGREE + 1)
         row_squares = tl.zeros([ROWS], tl.float64)
@@ -94,7 +94,7 @@ def _single_launch(
                 s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
                 row_squares += squares(q)
                 key_squares += squares(k)
-            key_square = tl.maximum(key_square, tl.max(key_squares))
+            longest_keys = tl.maximum(longest_keys, key_squares)
             tl.store(s_ptr + entries(first_i, first_j, pitch, 1, ROWS, COLS), s)
             e = weigh(s, first_i, first_j, m, scale, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
             added = ()
@@ -116,7 +116,7 @@ def _single_launch(
     tl.debug_barrier()
 
     row = tl.arange(0, MOST)
-    product = key_square * tl.load(squares_ptr + row, mask=row < n, other=0.0)
+    product = tl.max(longest_keys) * tl.load(squares_ptr + row, mask=row < n, other=0.0)
     most = tl.full([MOST], longest, tl.float64)
     passes = product > most * most
     tl.store(loss_ptr + row, float("nan"), mask=(row < n) & passes)
