@@ -82,7 +82,7 @@ def _single_launch(
         for first_j in range(0, m, COLS):
             s = tl.zeros([ROWS, COLS], tl.float32)
             row_squares = tl.zeros([ROWS], tl.float64)
-            key_squares = tl.zeros([COLS], tl.float32)
+            key_squares = tl.zeros([COLS], tl.float64)
             for start in range(0, dim, WIDTH):
                 q = load_rows(
                     queries_ptr, queries_stride, first_i, n, start, dim, ROWS, WIDTH, FULL, True,
@@ -222,7 +222,7 @@ def weigh(
 @triton.jit
 def squares(x):  # [COUNT, WIDTH] -> [COUNT]
     """In fp64, where no entry's square is 0 or infinite, or rounded."""
-    x = x.to(tl.float64)
+    x = x.to(tl.float32).to(tl.float64)
     return tl.sum(x * x, 1)
 
 
