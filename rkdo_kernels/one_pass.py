@@ -137,10 +137,10 @@ class Columns:
         x, e, work = self.x, self.e, self.work
         torch.addmm(x[:1], queries, self.keys_t, beta=0, alpha=x_scale, out=x)
         logits = x if e_scale == 1 else torch.mul(x, e_scale, out=e)
-        diagonal = logits.diagonal(exclude[0] + first - self.first)
-        if len(diagonal):
+        here = logits.diagonal(exclude[0] + first - self.first)
+        if len(here):
             start = max(first, self.first - exclude[0])
-            positive[start : start + len(diagonal)] = diagonal
+            positive[start : start + len(here)] = here
         torch.exp(logits, out=e)
         for offset in exclude:
             diagonal = offset + first - self.first
