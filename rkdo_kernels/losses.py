@@ -45,6 +45,7 @@ def rkdo_loss(
     The gradient flows through p unless `detach_target`. A tensor temperature is learnable. The dot
     product is taken as it is; `bound` ≥ ‖query‖ · ‖key‖ for every pair, or None if there is none.
     `positive_offset` is for more keys than queries: a queue (0), or other ranks' keys.
+    backend="reference" is the whole matrix in PyTorch: call its backward pass outside autocast.
 
     A loss is known to float32's step at 1, 1.2e-7 nats, where it is smaller than that.
 

@@ -485,11 +485,15 @@ def recursion(
     Returns loss, ∂loss/∂c_t, peak, log mass, pull, and that gradient, [N].
     """
     run, dtype = implementation(backend), row_dtype(queries)
-    sums = run.softmax_sums(queries, keys, scales, False, [positive_offset])
+    if backend == "tiled":  # S of the tiles: another product's rounding would part it from ties
+        s = queries.new_empty(queries.shape[0], dtype=dtype)
+        sums = run.softmax_sums(queries, keys, scales, False, [positive_offset], s)
+    else:
+        positives = keys.narrow(0, positive_offset, queries.shape[0])
+        s = (queries.to(product_dtype(queries)) * positives).sum(1, dtype=dtype)
+        sums = run.softmax_sums(queries, keys, scales, False, [positive_offset])
     peak, mass, slope, _ = (x.to(dtype) for x in sums)
     c, depth = scales.to(dtype), scales.shape[0] - 1
-    positives = keys.narrow(0, positive_offset, queries.shape[0])
-    s = (queries.to(product_dtype(queries)) * positives).sum(1, dtype=dtype)
     risen = torch.maximum(peak, s.to(product_dtype(queries)).to(dtype))
     shrink = torch.exp((peak - risen)[:, None] * c)
     slope = shrink * (slope + (peak - risen)[:, None] * mass)  # now from the risen peak

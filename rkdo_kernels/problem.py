@@ -33,9 +33,9 @@ class Problem:
         if backend != "reference":
             no_transforms(queries, keys, temperature)
         checks.temperature(temperature)
-        checks.bound(bound)
         self.queries, self.keys = out_of_autocast(queries, keys)
         checks.embeddings(self.queries, self.keys)
+        checks.bound(bound, self.queries)
         if square:
             checks.as_many(square, queries, keys)
         self.offset = checks.pairing(queries, keys, positive_offset) if paired else 0

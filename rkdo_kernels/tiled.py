@@ -159,6 +159,7 @@ def softmax_sums(
     scales: Tensor,  # [T], c_t
     student: bool,
     exclude: list[int],
+    first: Tensor | None = None,  # [N], for S on the diagonal exclude[0], as the tiles have it
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [N], [N, T], [N, T], [N]
     """Row sums of the logits x_ij = S_ij or, if `student`, −log(1 + ‖zq_i − zk_j‖²).
 
@@ -185,6 +186,8 @@ def softmax_sums(
                 risen = torch.log1p(near.to(peak.dtype)).neg_()
                 near = torch.expm1(-risen).to(x.dtype)  # as the backward pass has it
             else:
+                if first is not None:
+                    strip.take(first, exclude[0])
                 strip.fill(x, exclude, 0)
                 total[rows] += x.sum(1, keepdim=True, dtype=total.dtype)
                 strip.fill(x, exclude, lowest)

@@ -43,6 +43,13 @@ class Strip:
         for offset in diagonals:
             self.diagonal(matrix, offset).fill_(value)
 
+    def take(self, into: Tensor, offset: int) -> None:
+        """S of the rows whose column row + offset is here."""
+        diagonal = self.diagonal(self.s, offset)
+        if len(diagonal):
+            start = max(self.rows.start, self.cols.start - offset)
+            into[start : start + len(diagonal)] = diagonal
+
     def diagonal(self, matrix: Tensor, offset: int) -> Tensor:
         """The entries whose column is their row + offset."""
         return matrix.diagonal(offset + self.rows.start - self.cols.start)

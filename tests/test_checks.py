@@ -191,3 +191,77 @@ def test_arguments_at_the_ends_of_their_ranges_are_fine():
     for debias in (0, 1):
         assert icon_loss(**views, debias=debias, temperature=1).isfinite()
     assert info_nce(**views, positive_offset=0, bound=1).isfinite()
+
+
+FAR_APART = [  # dtype, length of the queries' entries, of the keys'
+    (torch.float32, 1e-23, 1e22), (torch.float32, 1e22, 1e-23), (torch.float32, 1e-40, 1e38),
+    (torch.bfloat16, 1e-23, 1e22), (torch.float64, 1e-180, 1e179), (torch.float64, 1e-310, 1e307),
+]  # fmt: skip
+
+
+@pytest.fixture(params=["read", "not read"])
+def refuses(request, monkeypatch):
+    """Whether a pair passes the bound, by the error or by the factors."""
+    if request.param == "not read":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+    def refused(queries, keys, bound):
+        try:
+            factors = checks.within_bound(queries, keys, bound)
+        except ValueError:
+            return [True] * len(queries)
+        return [False] * len(queries) if factors is None else factors.isnan().tolist()
+
+    return refused
+
+
+@pytest.mark.parametrize(("dtype", "short", "long"), FAR_APART)
+def test_lengths_whose_squares_are_no_numbers(dtype, short, long, refuses):
+    """Their product is one: |S| is `product`, within a percent."""
+    queries = torch.full((3, 64), short, dtype=dtype, device=DEVICE)
+    keys = torch.full((5, 64), long, dtype=dtype, device=DEVICE)
+    keys[1:] *= torch.linspace(0, 0.9, 4, dtype=dtype, device=DEVICE)[:, None]
+    product = 64 * float(queries[0, 0].double() * keys[0, 0].double())
+    assert refuses(queries, keys, 0.9 * product) == [True] * 3
+    assert refuses(queries, keys, 1.1 * product) == [False] * 3
+    queries[1:] = 0
+    if DEVICE != "cpu" or torch.compiler.is_compiling():
+        assert refuses(queries, keys, 0.9 * product) == [True, False, False]
+
+
+@ON_CPU
+@pytest.mark.parametrize("backend", ["tiled", "triton", "reference"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_rows_that_pass_the_bound_by_lengths_far_apart(function, backend):
+    queries = torch.full((200, 64), 1e-23)
+    keys = torch.full((200, 64), 1e22) * torch.linspace(0, 1, 200)[:, None]
+    with pytest.raises(
+        ValueError, match=r"queries\[\d+\] has length 8e-23 and the longest of keys"
+    ):
+        function(queries, keys, backend=backend)
+    queries[7] = float("nan")  # which has no length
+    with pytest.raises(ValueError, match="their product must not pass bound=1"):
+        function(queries, keys, backend=backend)
+
+
+@pytest.mark.parametrize("bound", [1e-300, 1e-40, 1e39, 1e300])
+@pytest.mark.parametrize("backend", ["tiled", "triton", "reference"])
+@pytest.mark.parametrize("function", [*FUNCTIONS, similarity_logsumexp])
+def test_a_bound_that_is_no_number_of_the_products(function, backend, bound):
+    for x in (X, X.bfloat16()):
+        with pytest.raises(ValueError, match=r"bound must be .* float32's .*, got"):
+            function(0 * x, 0 * x, temperature=0.5, bound=bound, backend=backend)
+    if backend != "triton":
+        doubles = 0 * X.double()
+        assert function(doubles, doubles, temperature=max(0.5, bound), bound=bound).isfinite().all()
+
+
+@pytest.mark.parametrize("bound", [1.2e-38, 1e37])
+@pytest.mark.parametrize("backend", ["tiled", "triton", "reference"])
+def test_bounds_at_the_ends_of_their_range(backend, bound):
+    views = sample_views(5, 4, length=bound**0.5)
+    for function in (*FUNCTIONS, similarity_logsumexp):
+        x = {name: view.clone().requires_grad_() for name, view in views.items()}
+        loss = function(**x, temperature=0.5 * bound, bound=bound, backend=backend).sum()
+        assert loss.isfinite()
+        loss.backward()

@@ -96,7 +96,8 @@ def test_an_unreadable_image_ends_every_process_and_is_said_once(ranks, images, 
     assert process.returncode == (2 if ranks == 1 else 1), err  # torchrun's is 1, whatever ours
     said = [line for line in err.splitlines() if str(victim) in line]
     assert len(said) == 1, err
-    assert re.search(r"rkdo: error: (rank 1: )?\S+ is not a readable image: [^:]*: put it back, [^:]*$", said[0])
+    wanted = r"rkdo: error: (rank 1: )?\S+ is not a readable image: [^:]*: put it back, [^:]*$"
+    assert re.search(wanted, said[0])
     assert not re.search(r'File ".*/rkdo/\w+\.py"', err), err  # torchrun shows one of its own
 
 

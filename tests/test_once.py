@@ -249,17 +249,36 @@ def test_the_reference_takes_vmap(name):
     assert torch.func.vmap(loss)(2 * pairs, temperatures).isnan().all()  # past the bound
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_backward_inside_autocast_keeps_float32(backend, path):
-    if DEVICE != "cpu" and backend == "auto":
-        backend = "tiled"
-    queries, keys = (x.detach().float().requires_grad_() for x in views())
-    outside = torch.autograd.grad(rkdo_loss(queries, keys, backend=backend), queries)
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_backward_inside_autocast_keeps_float32(name, dtype, learnable, settings):
+    """The same bits: to queries, keys and a learnable temperature, on every path but reference's,
+    whose gradients are autograd's own products."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in views()]
+    queries, keys = leaves
+    more = {**settings}
+    if learnable:
+        leaves.append(torch.tensor(0.5, device=DEVICE, requires_grad=True))
+        more["temperature"] = leaves[-1]
+    outside = torch.autograd.grad(LOSSES[name](queries, keys, **more), leaves)
+    loss = LOSSES[name](queries, keys, **more)
     with torch.autocast(DEVICE, torch.bfloat16):
-        loss = rkdo_loss(queries, keys, backend=backend)
-        inside = torch.autograd.grad(loss, queries) if backend != "reference" else outside
+        inside = torch.autograd.grad(loss, leaves)
     torch.testing.assert_close(inside, outside, rtol=0, atol=0)
-    assert loss == rkdo_loss(queries, keys, backend=backend)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_inside_autocast_keeps_float32(name, settings):
+    for more in (settings, {**settings, "backend": "reference"}):
+        leaves = [x.detach().float().requires_grad_() for x in views()]
+        outside = LOSSES[name](*leaves, **more)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            inside = LOSSES[name](*leaves, **more)
+        results = (
+            (loss, *torch.autograd.grad(loss, leaves)) for loss in (inside, outside)
+        )  # the backward pass outside: PyTorch's advice, and the reference's need
+        torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_a_nan_row_is_nan_in_the_reference_too():

@@ -208,6 +208,23 @@ def test_the_bound_is_for_the_product_of_lengths():
     assert all(x.isfinite().all() for x in gradients(2 * queries, keys, bound=2.0))
 
 
+@pytest.mark.parametrize("side", [0, 1], ids=["queries", "keys"])
+def test_lengths_whose_squares_are_no_float32_numbers(side):
+    """Their product is 1."""
+    views = [*sample_views(70, 24).values()]
+    views[side] *= 1e22
+    views[1 - side] *= 1e-22
+    assert all(x.isfinite().all() for x in gradients(*views)[:1])
+    views[1 - side] *= 1.02
+    loss, *both = gradients(*views)
+    assert loss.isnan().all()
+    assert all(x.isnan().all() for x in both)
+    views[1 - side] /= 1.02
+    views[0][3] *= 1.02
+    wrong = torch.arange(70, device=DEVICE) == 3
+    assert torch.equal(gradients(*views)[0].isnan(), wrong)
+
+
 def test_the_launch_vouches_for_the_bound():
     """No other operator need look at the rows' lengths: its loss is NaN already."""
     for reduction, held in (("mean", True), ("none", False)):
