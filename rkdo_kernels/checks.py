@@ -160,7 +160,7 @@ def within_bound(
         raise ValueError(
             f"{names[0]}[{row}] has length {float(queries_length[row]):.4g} and the longest of "
             f"{names[1]} {float(longest):.4g}: their product must not pass "
-            f"bound={bound:g}. Normalise the rows, or give a larger bound or bound=None"
+            f"bound={bound:g}. Normalise the rows, or give a larger bound, or bound=None for losses"
         )
     return None
 
