@@ -41,7 +41,8 @@ def recursion_moments(
     run = Run(queries, keys, needs)
     queries, keys = run.gradients.queries, run.gradients.keys
     rule = quadrature.rule(table, degree, scales, alpha)
-    positive = queries.new_empty(len(queries), dtype=sums(queries))
+    positives = keys.narrow(0, exclude[0], len(queries))
+    positive = (queries * positives).sum(1, dtype=sums(queries))
     x_scale, e_scale = 1 / bound, rule.weight * bound
     if gradient and powers_are_safe(e_scale, degree, len(keys), queries.dtype):
         x_scale, e_scale = rule.weight, 1.0  # which saves a pass over x
@@ -52,8 +53,7 @@ def recursion_moments(
     for rows, columns in run.blocks(degree):
         block = queries[rows]
         for tile in columns:
-            tile.add_up(block, rows.start, x_scale, e_scale, exclude, positive)
-        positive[rows] /= rule.weight
+            tile.add_up(block, rows.start, x_scale, e_scale, exclude)
         moments = torch.stack([tile.sums for tile in columns]).sum(0, dtype=loss.dtype).T * powers
         loss[rows], weights[rows], at_positive[rows] = quadrature.recursion(
             moments, positive[rows], rule, detach_target
@@ -124,24 +124,15 @@ class Columns:
         self.powers = self.sums.unbind()
 
     def add_up(
-        self,
-        queries: Tensor,
-        first: int,
-        x_scale: float,
-        e_scale: float,
-        exclude: list[int],
-        positive: Tensor,  # [N]
+        self, queries: Tensor, first: int, x_scale: float, e_scale: float, exclude: list[int]
     ) -> None:
-        """sums_k = Σ_j e x^k; x and e stay. Of the positives e's exponents go to `positive`:
-        a product of their own is rounded otherwise, which shows where another key ties."""
+        """sums_k = Σ_j e x^k; x and e stay."""
         x, e, work = self.x, self.e, self.work
         torch.addmm(x[:1], queries, self.keys_t, beta=0, alpha=x_scale, out=x)
-        logits = x if e_scale == 1 else torch.mul(x, e_scale, out=e)
-        here = logits.diagonal(exclude[0] + first - self.first)
-        if len(here):
-            start = max(first, self.first - exclude[0])
-            positive[start : start + len(here)] = here
-        torch.exp(logits, out=e)
+        if e_scale == 1:
+            torch.exp(x, out=e)
+        else:
+            torch.mul(x, e_scale, out=e).exp_()
         for offset in exclude:
             diagonal = offset + first - self.first
             if -len(x) < diagonal < self.width:

@@ -485,7 +485,7 @@ def recursion(
     Returns loss, ∂loss/∂c_t, peak, log mass, pull, and that gradient, [N].
     """
     run, dtype = implementation(backend), row_dtype(queries)
-    if backend == "tiled":  # S of the tiles: another product's rounding would part it from ties
+    if run is tiled:  # S of the tiles: another product's rounding would part it from ties
         s = queries.new_empty(queries.shape[0], dtype=dtype)
         sums = run.softmax_sums(queries, keys, scales, False, [positive_offset], s)
     else:

@@ -19,6 +19,7 @@ from .primitives import (
     into,
     leave_out,
     load_rows,
+    rounded,
     row_polynomials,
     store_rows,
 )
@@ -41,7 +42,7 @@ def _single_launch(
     m,
     dim,
     unit,  # 1 / b
-    longest,  # what a query's length times a key's may be
+    longest,  # square of what a query's length times a key's may be
     exclude_a,  # key i + exclude_a is row i's positive
     exclude_b,
     depth,
@@ -75,14 +76,14 @@ def _single_launch(
     scale = tl.load(scale_ptr).to(tl.float32) * LOG2E
     pitch = (m + (COLS - 1)) // COLS * COLS
 
-    longest_keys = tl.zeros([COLS], tl.float64)  # squares
+    key_square = 0.0
     for first_i in range(0, n, ROWS):
         moments = repeat(tl.zeros([ROWS], tl.float32), DEGREE + 1)
-        row_squares = tl.zeros([ROWS], tl.float64)
+        row_squares = tl.zeros([ROWS], tl.float32)
         for first_j in range(0, m, COLS):
             s = tl.zeros([ROWS, COLS], tl.float32)
-            row_squares = tl.zeros([ROWS], tl.float64)
-            key_squares = tl.zeros([COLS], tl.float64)
+            row_squares = tl.zeros([ROWS], tl.float32)
+            key_squares = tl.zeros([COLS], tl.float32)
             for start in range(0, dim, WIDTH):
                 q = load_rows(
                     queries_ptr, queries_stride, first_i, n, start, dim, ROWS, WIDTH, FULL, True,
@@ -94,7 +95,7 @@ def _single_launch(
                 s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
                 row_squares += squares(q)
                 key_squares += squares(k)
-            longest_keys = tl.maximum(longest_keys, key_squares)
+            key_square = tl.maximum(key_square, tl.max(key_squares))
             tl.store(s_ptr + entries(first_i, first_j, pitch, 1, ROWS, COLS), s)
             e = weigh(s, first_i, first_j, m, scale, exclude_a, exclude_b, EXCLUDE, ROWS, COLS)
             added = ()
@@ -116,10 +117,11 @@ def _single_launch(
     tl.debug_barrier()
 
     row = tl.arange(0, MOST)
-    product = tl.max(longest_keys) * tl.load(squares_ptr + row, mask=row < n, other=0.0)
-    most = tl.full([MOST], longest, tl.float64)
-    passes = product > most * most
-    tl.store(loss_ptr + row, float("nan"), mask=(row < n) & passes)
+    square = tl.load(squares_ptr + row, mask=row < n, other=0.0)
+    product = key_square * square
+    unknown = (product != product) & (square == square)  # 0 · ∞: of squares that float32 has not
+    passes = (row < n) & ((product > longest) | unknown)
+    tl.store(loss_ptr + row, float("nan"), mask=passes)
     valid = tl.where(tl.max(passes.to(tl.int32)) > 0, float("nan"), 1.0)
     for first_i in range(0, n, ROWS):
         weights = row_polynomials(weights_ptr, first_i, n, ROWS, DEGREE, True)
@@ -221,9 +223,8 @@ def weigh(
 
 @triton.jit
 def squares(x):  # [COUNT, WIDTH] -> [COUNT]
-    """In fp64, where no entry's square is 0 or infinite, or rounded."""
-    x = x.to(tl.float32).to(tl.float64)
-    return tl.sum(x * x, 1)
+    x = x.to(tl.float32)
+    return tl.sum(rounded(x, x), 1)
 
 
 def recursion_moments(
@@ -243,14 +244,13 @@ def recursion_moments(
     config = launch.config("single_launch", queries)
     loss = queries.new_empty(n, dtype=torch.float64)
     room = queries.new_empty((2 * degree + 4 + PASTS * len(scales)) * n, dtype=torch.float64)
-    longest = min(SLACK * bound, torch.finfo(torch.float32).max)
     tiles = triton.cdiv(n, config.rows) * triton.cdiv(m, config.cols)
     s = queries.new_empty(tiles * config.rows * config.cols, dtype=torch.float32)
     d_queries = queries.new_empty(n, dim, dtype=torch.float32)
     d_keys = keys.new_empty(m, dim, dtype=torch.float32)
     _single_launch[(1,)](
         queries, keys, table, loss, d_queries, d_keys, s, room, queries.stride(0), keys.stride(0),
-        n, m, dim, 1 / bound, longest, *launch.excluded(exclude),
+        n, m, dim, 1 / bound, (SLACK * bound) ** 2, *launch.excluded(exclude),
         len(scales) - 1, DEGREE=degree, EXCLUDE=len(exclude), DETACH=detach_target,
         **launch.dims(queries, config.width),
         GRADIENT_PRECISION=launch.gradient_precision(queries), ROWS=config.rows, COLS=config.cols,

@@ -232,7 +232,6 @@ def conversions() -> dict[str, Operation]:
         "cvt.rn.f32.f64": Operation(("f32", "f64"), "(float)a"),
         "cvt.f32.f16": Operation(("f32", "b16"), "from_f16(a)"),
         "cvt.f32.bf16": Operation(("f32", "b16"), "from_bf16(a)"),
-        "cvt.f64.f16": Operation(("f64", "b16"), "(double)from_f16(a)"),
         "cvt.rn.f16.f32": Operation(("b16", "f32"), "to_f16(a)"),
         "cvt.rn.bf16.f32": Operation(("b16", "f32"), "to_bf16(a)"),
         "cvt.rn.f16x2.f32": Operation(
